@@ -1,0 +1,319 @@
+"""
+The rollout buffer: SB3's interface on tensors of the training device.
+
+A rollout is stored time-major, ``[T, N, ...]``, and flattened environment-major (sample ``n·T + t``), the order in
+which SB3 shuffles, so that the same permutation picks the same samples.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.type_aliases import PyTorchObs
+
+from sb3_pgplus.core.advantages import gae
+
+# torch cannot index or reduce these; the next wider signed integer holds every value.
+_STORAGE_DTYPES = {np.dtype(np.uint16): np.int32, np.dtype(np.uint32): np.int64, np.dtype(np.uint64): np.int64}
+
+_SCALAR_FIELDS = ("rewards", "episode_starts", "values", "log_probs", "next_values", "dones", "advantages", "returns")
+
+
+class RolloutSamples(NamedTuple):
+    """A minibatch of B samples; the first six fields are those of SB3's ``RolloutBufferSamples``."""
+
+    observations: PyTorchObs
+    actions: th.Tensor
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    #: Parameters of π_old's action distribution, if somebody stored them (``extras``).
+    old_distribution: tuple[th.Tensor, ...] = ()
+
+
+@dataclass
+class RolloutEnd:
+    """The states that a rollout bootstraps from besides its own."""
+
+    #: Time steps, environments and true final observations of the steps that a time limit cut.
+    steps: list[int] = field(default_factory=list)
+    envs: list[int] = field(default_factory=list)
+    final_observations: list[PyTorchObs] = field(default_factory=list)
+    #: What the environments returned last, ``[N, ...]``, and whether their last step ended an episode, ``[N]``.
+    last_observations: PyTorchObs | None = None
+    last_dones: np.ndarray[Any, Any] | None = None
+
+    def add_truncation(self, step: int, env: int, final_observation: PyTorchObs) -> None:
+        """
+        :param step: time step t that a time limit cut
+        :param env: environment index
+        :param final_observation: the observation after it, ``[1, ...]``
+        """
+        self.steps.append(step)
+        self.envs.append(env)
+        self.final_observations.append(final_observation)
+
+
+class _NumpyView:
+    """
+    A stored tensor read as a NumPy array: a view where it lies on the CPU, a copy elsewhere.
+
+    Assigning copies into the storage, so that SB3 code such as ``buffer.rewards += x`` keeps working.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, buffer: Any, owner: type | None = None) -> Any:
+        if buffer is None:
+            return self
+        return map_observations(buffer.tensor(self.name), lambda tensor: tensor.cpu().numpy())
+
+    def __set__(self, buffer: Any, value: Any) -> None:
+        target = buffer.tensor(self.name)
+        if isinstance(target, dict):
+            for key, tensor in target.items():
+                tensor.copy_(th.as_tensor(value[key]))
+        else:
+            target.copy_(th.as_tensor(value))
+
+
+class TorchRolloutBuffer(RolloutBuffer):
+    """
+    A rollout of T steps in N environments as tensors on the training device.
+
+    Nothing is allocated before the first :meth:`add`, and then once; observations keep the type in which they came.
+    ``observations``, ``actions``, ``rewards``, ``values``, ``log_probs``, ``episode_starts``, ``advantages`` and
+    ``returns`` read as NumPy arrays ``[T, N, ...]``, :meth:`tensor` gives the tensors themselves. Rewards stay as the
+    environment gave them: the value that a truncated step bootstraps from is in ``next_values``, not added to them.
+
+    :param buffer_size: T
+    :param observation_space: observation space of one environment
+    :param action_space: action space of one environment
+    :param device: where the tensors live
+    :param gae_lambda: λ for :meth:`compute_returns_and_advantage`
+    :param gamma: γ for the same
+    :param n_envs: N
+    """
+
+    observations = _NumpyView("observations")
+    actions = _NumpyView("actions")
+    rewards = _NumpyView("rewards")
+    episode_starts = _NumpyView("episode_starts")
+    values = _NumpyView("values")
+    log_probs = _NumpyView("log_probs")
+    next_values = _NumpyView("next_values")
+    dones = _NumpyView("dones")
+    advantages = _NumpyView("advantages")
+    returns = _NumpyView("returns")
+
+    _storage: dict[str, Any] | None = None
+
+    def reset(self) -> None:
+        """Start a new rollout in the storage of the last one."""
+        self.pos = 0
+        self.full = False
+        self.generator_ready = False
+        #: Per-sample tensors ``[T·N, ...]`` in flattened order, handed out with the minibatches as `old_distribution`.
+        self.extras: tuple[th.Tensor, ...] = ()
+
+    def tensor(self, name: str) -> Any:
+        """
+        A stored field.
+
+        :param name: ``"observations"``, ``"rewards"``, …
+        :return: ``[T, N, ...]``, a dict of such for Dict observations; zeros before the first rollout
+        """
+        if self._storage is None:
+            self._allocate(self._zero_observations())
+        assert self._storage is not None
+        return self._storage[name]
+
+    def add(  # type: ignore[override]  # one signature for array and Dict observations
+        self,
+        obs: Any,
+        action: np.ndarray[Any, Any],
+        reward: np.ndarray[Any, Any],
+        episode_start: np.ndarray[Any, Any],
+        value: th.Tensor,
+        log_prob: th.Tensor,
+    ) -> None:
+        """
+        Store one step of all environments.
+
+        :param obs: observations the actions were taken on, ``[N, ...]``
+        :param action: ``[N, ...]``
+        :param reward: ``[N]``
+        :param episode_start: whether ``obs`` begins an episode, ``[N]``
+        :param value: V(obs), ``[N]`` or ``[N, 1]``
+        :param log_prob: log π(action|obs), ``[N]``
+        :raises TypeError: if the observations' type changed and the stored one cannot hold it
+        """
+        if self._storage is None:
+            self._allocate(obs)
+        assert self._storage is not None
+        self._write_observations(obs)
+        row = {name: self._storage[name][self.pos] for name in ("actions", *_SCALAR_FIELDS[:4])}
+        row["actions"].copy_(th.from_numpy(np.ascontiguousarray(action)).reshape(self.n_envs, self.action_dim))
+        row["rewards"].copy_(th.as_tensor(reward))
+        row["episode_starts"].copy_(th.as_tensor(episode_start))
+        row["values"].copy_(value.detach().reshape(-1))
+        row["log_probs"].copy_(log_prob.detach().reshape(-1))
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def set_bootstraps(self, last_values: th.Tensor, dones: Any, end: RolloutEnd, final_values: th.Tensor) -> None:
+        """
+        Fill in what each step bootstraps from and where episodes ended.
+
+        :param last_values: V of the observations after the last step, ``[N]``
+        :param dones: whether the last step ended an episode, ``[N]``
+        :param end: the steps that a time limit cut
+        :param final_values: V of their final observations, ``[K]``
+        """
+        next_values, ends = self.tensor("next_values"), self.tensor("dones")
+        ends[:-1] = self.tensor("episode_starts")[1:]
+        ends[-1] = th.as_tensor(dones, dtype=ends.dtype)
+        next_values[:-1] = self.tensor("values")[1:]
+        next_values[-1] = last_values.reshape(-1)
+        next_values *= 1.0 - ends
+        if end.steps:
+            next_values[end.steps, end.envs] = final_values.reshape(-1)
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray[Any, Any]) -> None:
+        """
+        SB3's post-processing step: GAE, with every done treated as a termination.
+
+        :param last_values: V of the observations after the last step, ``[N]``
+        :param dones: whether the last step ended an episode, ``[N]``
+        """
+        self.set_bootstraps(last_values, dones, RolloutEnd(), last_values.new_zeros(0))
+        fields = (self.tensor(name) for name in ("rewards", "values", "next_values", "dones"))
+        self.set_advantages(gae(*fields, gamma=self.gamma, gae_lambda=self.gae_lambda))
+
+    def set_advantages(self, advantages: th.Tensor) -> None:
+        """
+        Store advantages Ψ, ``[T, N]``, and with them the critic's targets ``Ψ + V``.
+
+        :param advantages: ``[T, N]``
+        """
+        self.tensor("advantages").copy_(advantages)
+        th.add(self.tensor("advantages"), self.tensor("values"), out=self.tensor("returns"))
+
+    def flat(self, name: str) -> Any:
+        """
+        A stored field with time and environments merged, environment-major.
+
+        :param name: as for :meth:`tensor`
+        :return: ``[T·N, ...]``
+        """
+        return map_observations(self.tensor(name), lambda tensor: tensor.transpose(0, 1).flatten(0, 1))
+
+    def get(self, batch_size: int | None = None) -> Generator[RolloutSamples, None, None]:  # type: ignore[override]
+        """
+        One epoch of minibatches without replacement: a single shuffled gather, then views of it.
+
+        :param batch_size: B; None gives one batch of everything
+        :return: minibatches of B samples, the last one smaller if B does not divide T·N
+        """
+        assert self.full, "the rollout is not complete"
+        n_samples = self.buffer_size * self.n_envs
+        shuffled = self._gather(np.random.permutation(n_samples))
+        for start in range(0, n_samples, batch_size or n_samples):
+            yield _slice(shuffled, start, start + (batch_size or n_samples))
+
+    def _gather(self, indices: np.ndarray[Any, Any]) -> RolloutSamples:
+        # Storage is time-major: sample n·T + t lies in row t·N + n.
+        envs, steps = np.divmod(indices, self.buffer_size)
+        rows = th.as_tensor(steps * self.n_envs + envs, device=self.device)
+        order = th.as_tensor(indices, device=self.device)
+
+        def pick(name: str) -> Any:
+            return map_observations(self.tensor(name), lambda tensor: tensor.flatten(0, 1).index_select(0, rows))
+
+        return RolloutSamples(
+            observations=pick("observations"),
+            actions=pick("actions"),
+            old_values=pick("values"),
+            old_log_prob=pick("log_probs"),
+            advantages=pick("advantages"),
+            returns=pick("returns"),
+            old_distribution=tuple(extra.index_select(0, order) for extra in self.extras),
+        )
+
+    # --- storage ----------------------------------------------------------------------------------------------------
+
+    def _zero_observations(self) -> Any:
+        return np.zeros((self.n_envs, *self.obs_shape), dtype=self.observation_space.dtype)
+
+    def _allocate(self, obs: Any) -> None:
+        size = (self.buffer_size, self.n_envs)
+        # Floats in single precision, as policies produce them; integers as they are, to stay usable as indices.
+        integer_actions = isinstance(self.action_space, (spaces.Discrete, spaces.MultiDiscrete))
+        action_dtype = th.int64 if integer_actions else th.float32
+        self._storage = {name: th.zeros(size, device=self.device) for name in _SCALAR_FIELDS}
+        self._storage["actions"] = th.zeros((*size, self.action_dim), dtype=action_dtype, device=self.device)
+        self._storage["observations"] = self._allocate_observations(obs)
+
+    def _allocate_observations(self, obs: Any) -> Any:
+        return self._zeros_like(obs, self.obs_shape)
+
+    def _zeros_like(self, obs: Any, shape: tuple[int, ...]) -> th.Tensor:
+        dtype = np.asarray(obs).dtype
+        template = th.from_numpy(np.zeros(0, dtype=_STORAGE_DTYPES.get(dtype, dtype)))
+        return template.new_zeros((self.buffer_size, self.n_envs, *shape), device=self.device)
+
+    def _write_observations(self, obs: Any) -> None:
+        self._write(self.tensor("observations"), obs)
+
+    def _write(self, storage: th.Tensor, obs: Any) -> None:
+        array = np.asarray(obs)
+        # torch warns about arrays that it must not write to (JAX's, broadcast ones), so those are copied.
+        array = array.astype(_STORAGE_DTYPES.get(array.dtype, array.dtype), copy=not array.flags.writeable)
+        tensor = th.from_numpy(np.ascontiguousarray(array))
+        if tensor.dtype != storage.dtype and not th.can_cast(tensor.dtype, storage.dtype):
+            raise TypeError(f"observations came as {storage.dtype} at first and now as {tensor.dtype}, which would be cut")
+        storage[self.pos].copy_(tensor.reshape(storage.shape[1:]))
+
+
+class TorchDictRolloutBuffer(TorchRolloutBuffer, DictRolloutBuffer):
+    """:class:`TorchRolloutBuffer` for Dict observations: ``observations`` is a dict of arrays ``[T, N, ...]``."""
+
+    obs_shape: dict[str, tuple[int, ...]]  # type: ignore[assignment]  # as SB3 declares it
+
+    def _zero_observations(self) -> Any:
+        return {k: np.zeros((self.n_envs, *s), dtype=self.observation_space[k].dtype) for k, s in self.obs_shape.items()}
+
+    def _allocate_observations(self, obs: Mapping[str, Any]) -> Any:
+        return {key: self._zeros_like(obs[key], shape) for key, shape in self.obs_shape.items()}
+
+    def _write_observations(self, obs: Mapping[str, Any]) -> None:
+        for key, storage in self.tensor("observations").items():
+            self._write(storage, obs[key])
+
+
+def map_observations(observations: Any, function: Callable[[th.Tensor], Any]) -> Any:
+    """Apply a function to a tensor, or to each tensor of a dict."""
+    if isinstance(observations, dict):
+        return {key: function(tensor) for key, tensor in observations.items()}
+    return function(observations)
+
+
+def cat_observations(observations: list[Any]) -> Any:
+    """Concatenate batches of observations ``[b, ...]`` along their first dimension."""
+    if isinstance(observations[0], dict):
+        return {key: th.cat([obs[key] for obs in observations]) for key in observations[0]}
+    return th.cat(observations)
+
+
+def _slice(samples: RolloutSamples, start: int, stop: int) -> RolloutSamples:
+    return RolloutSamples(
+        map_observations(samples.observations, lambda tensor: tensor[start:stop]),
+        *(tensor[start:stop] for tensor in samples[1:6]),
+        old_distribution=tuple(tensor[start:stop] for tensor in samples.old_distribution),
+    )

@@ -1,0 +1,257 @@
+"""
+The command ``sb3-pgplus train|evaluate|enjoy``; ``python -m sb3_pgplus.cli`` is the same.
+
+Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from sb3_pgplus.playing import Evaluation
+    from sb3_pgplus.training import FinishedRun
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+app = typer.Typer(
+    name="sb3-pgplus",
+    help="Train, evaluate and watch policy-gradient agents: [bold]ppoplus[/], [bold]a2cplus[/], [bold]trpoplus[/].",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Run = Annotated[Path, typer.Argument(help="A run folder, or a model's .zip file.", show_default=False)]
+PlayedEnv = Annotated[str | None, typer.Option("--env", help="Environment; by default the one it was trained in.")]
+PlayedAlgo = Annotated[str | None, typer.Option("--algo", help="Only for a .zip without its config.yml.")]
+PlaySeed = Annotated[int | None, typer.Option("--seed", help="Of the environment; by default a fixed one.")]
+Stochastic = Annotated[bool, typer.Option("--stochastic", help="Sample the actions instead of taking the mode.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps the commands' names: with a single command typer would drop its name."""
+
+
+@app.command()
+def train(
+    *,
+    env: Annotated[str | None, typer.Option("--env", help="Environment id; package:MyEnv-v0 for your own.")] = None,
+    algo: Annotated[str | None, typer.Option("--algo", help="ppoplus (default), a2cplus or trpoplus.")] = None,
+    n_timesteps: Annotated[
+        float | None, typer.Option("--n-timesteps", help="Environment steps in total; 1e6 is fine.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Random seed; by default 0.", show_default=False)] = None,
+    n_envs: Annotated[int | None, typer.Option("--n-envs", help="Environments side by side.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder; by default runs/ALGO/ENV/seedS, numbered on if taken.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML settings: rl_zoo3 format, flat, or a run's config.yml.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="One setting, the value in YAML; repeat it for more."),
+    ] = None,
+    device: Device = "auto",
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Progress bar.")] = True,
+    eval_episodes: Annotated[int, typer.Option("--eval-episodes", min=0, help="Evaluation at the end.")] = 10,
+    verbose: Annotated[int, typer.Option("--verbose", min=0, max=2, help="From 1 on: SB3's tables as well.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Train an agent; leaves a run folder with model, config, metrics and learning curve."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.configs import resolve_settings
+        from sb3_pgplus.training import train as run_training
+
+        settings = resolve_settings(
+            algo=algo,
+            env=env,
+            config=config,
+            overrides=overrides or [],
+            n_envs=n_envs,
+            n_timesteps=n_timesteps,
+            seed=seed,
+        )
+        console = Console()
+        run = run_training(
+            settings,
+            out=out,
+            device=device,
+            verbose=verbose,
+            progress=progress,
+            eval_episodes=eval_episodes,
+            console=console,
+        )
+        _report(run, console)
+    if run.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    *,
+    n_episodes: Annotated[int, typer.Option("--n-episodes", min=1, help="Number of episodes.")] = 10,
+    seed: PlaySeed = None,
+    stochastic: Stochastic = False,
+    env: PlayedEnv = None,
+    algo: PlayedAlgo = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Play whole episodes and print the statistics of their returns."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.playing import EVALUATION_SEED, load_run
+        from sb3_pgplus.playing import evaluate as play
+
+        loaded = load_run(run, env=env, algo=algo, device=device)
+        evaluation = play(
+            loaded.model,
+            loaded.environment,
+            n_episodes=n_episodes,
+            seed=EVALUATION_SEED if seed is None else seed,
+            deterministic=not stochastic,
+        )
+        Console().print(_table(evaluation))
+
+
+@app.command()
+def enjoy(
+    run: Run,
+    *,
+    record: Annotated[bool, typer.Option("--record", help="Write an mp4 instead of opening a window.")] = False,
+    video: Annotated[
+        Path | None, typer.Option("--video", help="The mp4 file; by default video.mp4 in the run folder.")
+    ] = None,
+    n_episodes: Annotated[int, typer.Option("--n-episodes", min=1, help="Number of episodes.")] = 1,
+    seed: PlaySeed = None,
+    stochastic: Stochastic = False,
+    env: PlayedEnv = None,
+    algo: PlayedAlgo = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Watch an agent in a window, or record it to a video (also on a machine without a screen)."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus import playing
+
+        console = Console()
+        loaded = playing.load_run(run, env=env, algo=algo, device=device)
+        start = playing.EVALUATION_SEED if seed is None else seed
+        if not (record or video) and not playing.has_display():
+            console.print("There is no screen to show it on: recording a video instead.")
+            record = True
+        if record or video:
+            name = "video.mp4" if loaded.path.name == "model.zip" else f"{loaded.path.stem}.mp4"
+            target = video or loaded.path.with_name(name)
+            evaluation = playing.record(loaded, target, n_episodes=n_episodes, seed=start, deterministic=not stochastic)
+            console.print(f"Video: {target}", highlight=False, markup=False, soft_wrap=True)
+        else:
+            evaluation = playing.watch(loaded, n_episodes=n_episodes, seed=start, deterministic=not stochastic)
+        console.print(_table(evaluation))
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _errors_as_one_line(debug: bool) -> Iterator[None]:
+    """Turn what a user can put right into one red line; anything else keeps its traceback."""
+    from sb3_pgplus.configs import ConfigError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        _print_error("Interrupted.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except ConfigError as error:
+        _fail(error, EXIT_BAD_INPUT, debug)
+    except OSError as error:
+        _fail(error, EXIT_FAILED, debug)
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingFailed":
+            raise
+        _fail(error, EXIT_FAILED, debug)
+
+
+def _fail(error: Exception, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    _print_error(f"Error: {' '.join(str(error).split())}")
+    raise typer.Exit(code) from error
+
+
+def _print_error(message: str) -> None:
+    Console(stderr=True).print(Text(message, style="bold red"), soft_wrap=True)
+
+
+def _report(run: FinishedRun, console: Console) -> None:
+    steps = run.model.num_timesteps
+    if run.interrupted:
+        console.print(f"[yellow]Interrupted after {steps:,} steps; what was learned until then is saved.")
+    elif run.evaluation is not None:
+        console.print(_table(run.evaluation))
+    speed = steps / max(run.seconds, 1e-9)
+    console.print(f"{steps:,} steps in {_duration(run.seconds)}, {speed:,.0f} steps/s", highlight=False)
+    command, folder = _command(), shlex.quote(str(run.folder.path))
+    for line in (f"{command} evaluate {folder}", f"{command} enjoy {folder} --record"):
+        console.print(f"  {line}", style="cyan", highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(evaluation: Evaluation) -> Table:
+    summary = evaluation.summary()
+    actions = "deterministic" if evaluation.deterministic else "sampled actions"
+    episodes = f"{summary['n_episodes']} episode" + ("s" if summary["n_episodes"] != 1 else "")
+    table = Table(title=f"{evaluation.env}, {episodes}, {actions}", title_justify="left")
+    for name in ("return: mean ± std", "min", "max", "episode length"):
+        table.add_column(name, justify="right")
+    table.add_row(
+        f"[bold]{summary['mean_return']:,.2f}[/] ± {summary['std_return']:,.2f}",
+        f"{summary['min_return']:,.2f}",
+        f"{summary['max_return']:,.2f}",
+        f"{summary['mean_length']:,.1f}",
+    )
+    return table
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _command() -> str:
+    """Return what to type for this same program again."""
+    started_as = Path(sys.argv[0])
+    if started_as.stem != "sb3-pgplus":
+        return "python -m sb3_pgplus.cli"
+    return "sb3-pgplus" if shutil.which("sb3-pgplus") else shlex.quote(str(started_as))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Constructor arguments from declarations: signatures, unknown names, classes named by strings."""
+
+import inspect
+import pydoc
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sb3_pgplus.hparams import PolicyGradientHparams, nearest
+
+# What SB3's constructors take besides hyperparameters, with SB3's defaults.
+PLUMBING: dict[str, Any] = {
+    "use_sde": False,
+    "sde_sample_freq": -1,
+    "rollout_buffer_class": None,
+    "rollout_buffer_kwargs": None,
+    "stats_window_size": 100,
+    "tensorboard_log": None,
+    "policy_kwargs": None,
+    "verbose": 0,
+    "seed": None,
+    "device": "auto",
+    "_init_setup_model": True,
+}
+
+
+def signature_of(hparams_class: type[PolicyGradientHparams], positional: tuple[str, ...]) -> inspect.Signature:
+    """
+    The constructor's signature: SB3's positional arguments in SB3's order, the rest by keyword only.
+
+    :param hparams_class: where the hyperparameters are declared
+    :param positional: names after ``policy`` and ``env`` that may be given by position
+    """
+    parameter, defaults = inspect.Parameter, {**hparams_class.defaults(), **PLUMBING}
+    required = [parameter(name, parameter.POSITIONAL_OR_KEYWORD) for name in ("policy", "env")]
+    by_position = [parameter(n, parameter.POSITIONAL_OR_KEYWORD, default=defaults[n]) for n in positional]
+    by_keyword = [
+        parameter(name, parameter.KEYWORD_ONLY, default=default)
+        for name, default in defaults.items()
+        if name not in positional
+    ]
+    return inspect.Signature([*required, *by_position, *by_keyword])
+
+
+def bind(
+    class_name: str, positional: tuple[str, ...], defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    Constructor arguments by name, defaults filled in.
+
+    :raises TypeError: on an unknown name, a name given twice, or too many positional arguments
+    """
+    if len(args) > len(positional):
+        raise TypeError(f"{class_name} takes at most {len(positional) + 2} positional arguments, got {len(args) + 2}")
+    by_position = dict(zip(positional, args, strict=False))
+    for name in by_position.keys() & kwargs.keys():
+        raise TypeError(f"{class_name} got multiple values for argument `{name}`")
+    reject_unknown(class_name, kwargs, defaults)
+    return {**defaults, **by_position, **kwargs}
+
+
+def reject_unknown(where: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """
+    :raises TypeError: naming the first unknown name and the known one nearest to it
+    """
+    known = set(known)
+    for name in names:
+        if name not in known:
+            raise TypeError(f"{where} got an unknown argument `{name}`{nearest(name, known)}")
+
+
+def locate_class(path: str) -> type[Any]:
+    """
+    The class that a dotted path names.
+
+    :param path: ``"package.module.Class"``
+    :raises ValueError: if there is none
+    """
+    found = pydoc.locate(path)
+    if not isinstance(found, type):
+        raise ValueError(f"`rollout_buffer_class` is {path!r}, which names no importable class")
+    return found

@@ -1,0 +1,47 @@
+"""
+Running mean and variance, merged batch by batch.
+
+Reference: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979).
+"""
+
+from typing import NamedTuple
+
+import torch as th
+
+
+class Moments(NamedTuple):
+    """Mean and population variance of ``count`` samples; ``mean`` and ``var`` have the shape of one sample."""
+
+    mean: th.Tensor
+    var: th.Tensor
+    count: th.Tensor
+
+
+def moments_of(batch: th.Tensor) -> Moments:
+    """
+    Moments of a batch along its first dimension, in float64.
+
+    :param batch: ``[B, ...]``
+    :return: mean and population variance ``[...]``, count ``[]``
+    """
+    batch = batch.to(th.float64)
+    count = th.tensor(float(len(batch)), dtype=th.float64, device=batch.device)
+    return Moments(batch.mean(dim=0), batch.var(dim=0, correction=0), count)
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """
+    Moments of the union of two sets of samples, from theirs alone::
+
+        mean = mean_a + Δ n_b/n,  Δ = mean_b − mean_a,  n = n_a + n_b
+        var  = (n_a var_a + n_b var_b + Δ² n_a n_b/n) / n
+
+    :param a: moments of the first set
+    :param b: moments of the second
+    :return: moments of both together
+    """
+    count = a.count + b.count
+    delta = b.mean - a.mean
+    mean = a.mean + delta * b.count / count
+    squares = a.var * a.count + b.var * b.count + delta**2 * a.count * b.count / count
+    return Moments(mean, squares / count, count)

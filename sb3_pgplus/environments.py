@@ -1,0 +1,137 @@
+"""From an environment's description to SB3's vector environment; a missing package or an unknown id is explained."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gymnasium as gym
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
+
+from sb3_pgplus.configs import ConfigError, EnvironmentSpec, import_object, parse_python_value
+
+Wrapper = Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]]
+REQUIREMENTS = {
+    "mujoco": "sb3_pgplus[mujoco]",
+    "box2d": "sb3_pgplus[box2d]",
+    "ale_py": "sb3_pgplus[atari]",
+    "classic_control": "gymnasium[classic-control]",
+    "toy_text": "gymnasium[toy-text]",
+}
+"""Part of an environment's entry point → what installs everything it needs."""
+
+
+def make_environments(
+    spec: EnvironmentSpec,
+    *,
+    n_envs: int = 1,
+    seed: int | None = None,
+    render_mode: str | None = None,
+    outer_wrapper: Wrapper | None = None,
+) -> VecEnv:
+    """
+    Build ``n_envs`` copies, each in a ``Monitor``, then in the configuration's wrappers.
+
+    :param spec: which environment
+    :param n_envs: how many copies
+    :param seed: copy ``i`` gets ``seed + i``
+    :param render_mode: ``"human"`` or ``"rgb_array"``, by default SB3's choice
+    :param outer_wrapper: one more wrapper around each copy
+    :raises ConfigError: if the environment is unknown, needs a package that is missing or refuses its arguments
+    """
+    find_environment(spec.env)
+    wrappers = [*configured_wrappers(spec.env_wrapper), *([outer_wrapper] if outer_wrapper else [])]
+
+    def wrap(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+        for wrapper in wrappers:
+            env = wrapper(env)
+        return env
+
+    env_kwargs = spec.env_kwargs | ({"render_mode": render_mode} if render_mode else {})
+    try:
+        env = make_vec_env(spec.env, n_envs, seed, env_kwargs=env_kwargs, wrapper_class=wrap if wrappers else None)
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        raise ConfigError(f"{spec.env} needs a package that is not installed: {_first_line(error)}; {installation_advice(spec.env)}") from error
+    except (gym.error.Error, TypeError, ValueError) as error:
+        raise ConfigError(f"cannot make {spec.env}: {_first_line(error)}") from error
+    return VecFrameStack(env, spec.frame_stack) if spec.frame_stack else env
+
+
+def find_environment(env: str) -> None:
+    """
+    Look an environment id up without building it.
+
+    :param env: ``"CartPole-v1"``, or ``"package:MyEnv-v0"`` where importing the package registers it
+    :raises ConfigError: if Gymnasium does not know it
+    """
+    module, colon, env_id = env.partition(":")
+    try:
+        if colon:
+            importlib.import_module(module)
+        elif env.startswith("ALE/") or "NoFrameskip" in env:
+            gym.register_envs(importlib.import_module("ale_py"))
+        gym.spec(env_id if colon else env)
+    except ImportError as error:
+        extra = ' (pip install "sb3_pgplus[atari]")' if not colon else ""
+        raise ConfigError(f"{env} needs the package {error.name or module}, which cannot be imported{extra}") from error
+    except gym.error.Error as error:
+        raise ConfigError(
+            f"unknown environment: {_first_line(error)} (an environment of your own: --env package:MyEnv-v0)"
+        ) from error
+
+
+def configured_wrappers(env_wrapper: Any) -> list[Wrapper]:
+    """
+    Read rl_zoo3's ``env_wrapper``: a dotted class name, ``{name: keyword arguments}``, or a list of these, innermost first.
+
+    :param env_wrapper: the entry of the configuration
+    :raises ConfigError: if it is something else or cannot be imported
+    """
+    entries = env_wrapper if isinstance(env_wrapper, list) else [env_wrapper] if env_wrapper else []
+    wrappers: list[Wrapper] = []
+    for entry in entries:
+        named = {entry: {}} if isinstance(entry, str) else entry
+        if not isinstance(named, dict) or len(named) != 1:
+            raise ConfigError(f"env_wrapper: expected package.module.Class or {{package.module.Class: {{…}}}}, got {entry!r}")
+        [(name, arguments)] = named.items()
+        arguments = parse_python_value(arguments) if isinstance(arguments, str) else arguments or {}
+        wrappers.append(_bind(import_object(name), arguments))
+    return wrappers
+
+
+def _bind(wrapper_class: Any, arguments: Mapping[str, Any]) -> Wrapper:
+    def wrap(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+        wrapped: gym.Env[Any, Any] = wrapper_class(env, **arguments)
+        return wrapped
+
+    return wrap
+
+
+def policy_for(observation_space: spaces.Space[Any]) -> str:
+    """
+    Choose the policy as SB3's documentation recommends.
+
+    :param observation_space: of the environment
+    """
+    if isinstance(observation_space, spaces.Dict):
+        return "MultiInputPolicy"
+    return "CnnPolicy" if is_image_space(observation_space) else "MlpPolicy"
+
+
+def installation_advice(env: str) -> str:
+    """
+    Say how to install what an environment needs.
+
+    :param env: id of a registered environment
+    """
+    entry_point = str(gym.spec(env.partition(":")[2] or env).entry_point)
+    requirement = next((name for part, name in REQUIREMENTS.items() if part in entry_point), None)
+    return f'run: pip install "{requirement}"' if requirement else "install what it asks for"
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

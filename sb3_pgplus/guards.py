@@ -1,0 +1,82 @@
+"""What watches for NaN and infinity, at the two places where they enter: the environment and the update."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch as th
+from torch import nn
+from torch.distributions import Distribution
+
+from sb3_pgplus.errors import NonFiniteEnvironmentError
+
+
+def check_finite_step(observations: Any, rewards: np.ndarray[Any, Any] | None, step: int) -> None:
+    """
+    Refuse NaN and infinity from an environment.
+
+    :param observations: ``[N, ...]``, or a dict of such
+    :param rewards: ``[N]``, or None
+    :param step: steps each environment has taken, for the message
+    :raises NonFiniteEnvironmentError: naming the environment's index and the step
+    """
+    if rewards is not None:
+        _check_array("reward", rewards, step)
+    if isinstance(observations, dict):
+        for key, array in observations.items():
+            _check_array(f"observation {key!r}", array, step)
+    else:
+        _check_array("observation", observations, step)
+
+
+def _check_array(what: str, array: Any, step: int) -> None:
+    array = np.asarray(array)
+    # A sum is the cheapest test that sees every element; the exact one follows only where it fails.
+    if array.dtype.kind != "f" or np.isfinite(array.sum()):
+        return
+    bad = np.argwhere(~np.isfinite(array))
+    if len(bad):
+        first = tuple(int(i) for i in bad[0])
+        env = f"environment {first[0]}" if array.ndim else "the environment"
+        entry = f" at index {list(first[1:])}" if len(first) > 1 else ""
+        raise NonFiniteEnvironmentError(
+            f"{env} returned the {what} {array[first]}{entry} at its step {step} of this training "
+            f"({len(bad)} such value(s) in that step). Look for a division by zero, a diverging simulation or an "
+            "unbounded reward; stable_baselines3.common.vec_env.VecCheckNan finds the action that led there."
+        )
+
+
+def likely_cause(advantages: th.Tensor, returns: th.Tensor, loss: th.Tensor, policy: nn.Module) -> str:
+    """
+    Name what most likely made a loss or gradient non-finite.
+
+    :param advantages: the minibatch's advantages
+    :param returns: its critic targets
+    :param loss: the loss
+    :param policy: the policy, whose parameters may be non-finite themselves
+    :return: a sentence
+    """
+    broken = [name for name, p in policy.named_parameters() if not bool(p.detach().isfinite().all())]
+    if broken:
+        return f"the policy's parameters are not finite themselves ({broken[0]}): they were set or loaded so"
+    if not bool(advantages.isfinite().all()) or not bool(returns.isfinite().all()):
+        return "the advantages or returns are not finite: rewards or the critic's values are far too large"
+    if not bool(loss.detach().isfinite().all()):
+        return "the loss overflows on finite data: the learning rate is too high, or a loss of your own divides by zero"
+    return "the loss is finite but its gradient is not: a square root, logarithm or norm at zero in a policy or loss"
+
+
+@contextmanager
+def without_distribution_checks() -> Iterator[None]:
+    """
+    Switch torch's argument checks of distributions off for a while.
+
+    They would raise an unspecific error where the guard on the gradient can name the cause, and they cost time.
+    """
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)

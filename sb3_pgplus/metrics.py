@@ -1,0 +1,48 @@
+"""Metrics of one ``train()``: tensors are collected, the device is read once."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch as th
+
+#: Metrics that are not a mean over all minibatches: name → function of the collected values ``[n]``.
+_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
+    "train/loss": lambda values: values[-1],  # as in SB3: the last minibatch
+    "train/approx_kl_max": th.max,
+    "train/grad_norm_max": th.max,
+}
+
+
+class Metrics:
+    """Collects scalar tensors under the logger's names and reduces them in one go."""
+
+    def __init__(self) -> None:
+        self._values: defaultdict[str, list[th.Tensor]] = defaultdict(list)
+
+    def add(self, values: Mapping[str, th.Tensor]) -> None:
+        """
+        Add one minibatch's scalars.
+
+        :param values: logger key → scalar tensor, on any device
+        """
+        for name, value in values.items():
+            self._values[name].append(value.detach())
+
+    def restart(self, name: str) -> None:
+        """Forget what was collected under a name (SB3's ``approx_kl`` is the mean of the last epoch alone)."""
+        self._values.pop(name, None)
+
+    def mean(self, name: str) -> float:
+        """Mean of what was collected under a name so far. Reads the device."""
+        return float(th.stack(self._values[name]).mean())
+
+    def reduce(self) -> dict[str, float]:
+        """
+        Mean of each metric (or its own reduction), with one transfer from the device.
+
+        :return: logger key → number
+        """
+        if not self._values:
+            return {}
+        reduced = [_REDUCTIONS.get(name, th.mean)(th.stack(values).double()) for name, values in self._values.items()]
+        return dict(zip(self._values, th.stack(reduced).tolist(), strict=True))

@@ -1,0 +1,328 @@
+"""Use a trained run: load it, evaluate it on fixed seeds, watch it, record it to a video."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import check_for_correct_spaces, set_random_seed
+
+from sb3_pgplus.configs import ConfigError, EnvironmentSpec, algorithm_class, read_mapping
+from sb3_pgplus.environments import Wrapper, installation_advice, make_environments
+from sb3_pgplus.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
+
+EVALUATION_SEED = 1_000_000
+"""Far from every training seed, and the same for all runs: their evaluations start from the same states."""
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Undiscounted returns and lengths of whole episodes in the raw environment."""
+
+    env: str
+    seed: int
+    deterministic: bool
+    returns: list[float]
+    lengths: list[int]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the statistics as plain values, for ``evaluation.yml``."""
+        return {
+            "env": self.env,
+            "n_episodes": len(self.returns),
+            "deterministic": self.deterministic,
+            "seed": self.seed,
+            "mean_return": float(np.mean(self.returns)),
+            "std_return": float(np.std(self.returns)),
+            "min_return": float(np.min(self.returns)),
+            "max_return": float(np.max(self.returns)),
+            "mean_length": float(np.mean(self.lengths)),
+            "returns": self.returns,
+            "lengths": self.lengths,
+        }
+
+
+def evaluate(
+    model: BaseAlgorithm,
+    spec: EnvironmentSpec,
+    *,
+    n_episodes: int = 10,
+    seed: int = EVALUATION_SEED,
+    deterministic: bool = True,
+    render_mode: str | None = None,
+    outer_wrapper: Wrapper | None = None,
+) -> Evaluation:
+    """
+    Play whole episodes, one after the other in one environment; the same arguments give the same episodes.
+
+    :param model: the model; its own observation normalisation is part of ``predict``
+    :param spec: the environment
+    :param n_episodes: number of episodes
+    :param seed: of the environment, and of the actions where they are sampled
+    :param deterministic: the policy's mode, or samples from it
+    :param render_mode: ``"human"`` shows the episodes
+    :param outer_wrapper: one more wrapper around the environment
+    :raises ConfigError: if the model is not made for this environment
+    """
+    env = make_environments(spec, seed=seed, render_mode=render_mode, outer_wrapper=outer_wrapper)
+    try:
+        _check_spaces(model, env, spec.env)
+        if not deterministic:
+            set_random_seed(seed, using_cuda=model.device.type == "cuda")
+        result = evaluate_policy(model, env, n_episodes, deterministic, return_episode_rewards=True)
+    finally:
+        env.close()
+    returns, lengths = result
+    assert isinstance(returns, list) and isinstance(lengths, list)
+    return Evaluation(spec.env, seed, deterministic, [float(r) for r in returns], [int(length) for length in lengths])
+
+
+def _check_spaces(model: BaseAlgorithm, env: VecEnv, env_id: str) -> None:
+    try:
+        # The model's own spaces are those after SB3's wrapping (images channel first), so wrap before comparing.
+        check_for_correct_spaces(model._wrap_env(env, 0), model.observation_space, model.action_space)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"this model was not trained for {env_id}: {error}") from error
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A model, ready to play, and the environment it was trained in."""
+
+    model: BaseAlgorithm
+    environment: EnvironmentSpec
+    path: Path
+    """The model's file."""
+
+
+def load_run(path: Path, *, env: str | None = None, algo: str | None = None, device: str = "auto") -> LoadedRun:
+    """
+    Load a run folder or a model file; ``config.yml`` beside the model (or one folder up) says what it is.
+
+    :param path: folder or ``.zip``
+    :param env: environment to play in, by default the one it was trained in
+    :param algo: name of the algorithm, by default the configuration's
+    :param device: where the policy runs
+    :raises ConfigError: if there is no model or it is not known what to do with it
+    """
+    file = _model_file(path)
+    folders = [RunFolder(folder) for folder in (file.parent, file.parent.parent)]
+    config = next((folder.config for folder in folders if folder.config.is_file()), None)
+    settings = read_mapping(config) if config else {}
+    if env is not None and env != settings.get("env"):
+        # Wrappers belong to the environment they were written for.
+        spec = EnvironmentSpec(env)
+    elif "env" in settings:
+        spec = EnvironmentSpec.from_settings(settings)
+    else:
+        raise ConfigError(f"there is no config.yml beside {file} to say which environment it plays: give --env")
+    algorithm = algorithm_class(str(algo or settings.get("algo") or "ppoplus"))
+    try:
+        model = algorithm.load(file, device=device)
+    except (ValueError, TypeError, KeyError, RuntimeError, AssertionError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{file} cannot be loaded as {algorithm.__name__}: {error}") from error
+    return LoadedRun(model, spec, file)
+
+
+def _model_file(path: Path) -> Path:
+    if path.is_dir():
+        folder = RunFolder(path)
+        if not folder.model.is_file():
+            failed = f"; the run failed, see {folder.error}" if folder.error.is_file() else ""
+            raise ConfigError(f"{path} holds no model.zip{failed or ': is it a run folder, and has training ended?'}")
+        return folder.model
+    if not path.is_file():
+        with_ending = path.with_name(path.name + ".zip")
+        if with_ending.is_file():  # SB3's `model.save("name")` writes name.zip
+            return with_ending
+        raise ConfigError(f"there is no {path}: give a run folder or a model's .zip file")
+    return path
+
+
+# --- watching and recording --------------------------------------------------------------------------------------------
+
+
+def has_display() -> bool:
+    """Tell whether a window can be opened."""
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def prepare_offscreen_rendering() -> None:
+    """
+    Where there is no display, choose how to render without one; what the user has set is left alone.
+
+    Must be called before the environment is made: MuJoCo and SDL read these variables when they are first used.
+    """
+    if has_display():
+        return
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    if "MUJOCO_GL" not in os.environ and find_spec("mujoco") is not None:
+        backend = next((name for name in ("egl", "osmesa") if _mujoco_can_render(name)), None)
+        if backend is not None:
+            os.environ["MUJOCO_GL"] = backend
+
+
+def _mujoco_can_render(backend: str) -> bool:
+    # In a process of its own: PyOpenGL keeps the first platform it loads, so a failed attempt here would spoil the next.
+    code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
+    environment = os.environ | {"MUJOCO_GL": backend}
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False
+        ).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+class _FrameTap(gym.Wrapper[Any, Any, Any, Any]):
+    """Render after every reset and step; a wrapper, because SB3's vector environments reset before the last frame is seen."""
+
+    def __init__(self, env: gym.Env[Any, Any], write: Callable[[Any], None], n_episodes: int) -> None:
+        super().__init__(env)
+        self._write = write
+        self._episodes_left = n_episodes
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        result = self.env.reset(seed=seed, options=options)
+        if self._episodes_left > 0:
+            self._write(self._frame())
+        return result
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        result = self.env.step(action)
+        if self._episodes_left > 0:
+            self._write(self._frame())
+        self._episodes_left -= bool(result[2] or result[3])
+        return result
+
+    def _frame(self) -> Any:
+        try:
+            return self.env.render()
+        except Exception as error:  # each renderer fails in its own way
+            raise ConfigError(_rendering_advice(self.env, error)) from error
+
+
+def _rendering_advice(env: gym.Env[Any, Any], error: Exception) -> str:
+    spec = env.unwrapped.spec
+    name, entry_point = (spec.id, str(spec.entry_point)) if spec else ("the environment", "")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if "mujoco" in entry_point:
+        return (
+            f"cannot render {name} ({reason}): without a screen MuJoCo needs EGL or OSMesa. Install the system package "
+            "libegl1 (or libosmesa6) and set MUJOCO_GL=egl (or MUJOCO_GL=osmesa)"
+        )
+    return f"cannot render {name} ({reason}); {installation_advice(name) if spec else 'install what it asks for'}"
+
+
+def watch(run: LoadedRun, *, n_episodes: int = 1, seed: int = EVALUATION_SEED, deterministic: bool = True) -> Evaluation:
+    """
+    Show episodes in a window.
+
+    :param run: what to play
+    :param n_episodes: number of episodes
+    :param seed: of the environment
+    :param deterministic: the policy's mode, or samples from it
+    :raises ConfigError: if the environment cannot be shown
+    """
+    return evaluate(
+        run.model,
+        run.environment,
+        n_episodes=n_episodes,
+        seed=seed,
+        deterministic=deterministic,
+        render_mode="human",
+    )
+
+
+def record(
+    run: LoadedRun, video: Path, *, n_episodes: int = 1, seed: int = EVALUATION_SEED, deterministic: bool = True
+) -> Evaluation:
+    """
+    Record episodes to an mp4 file, with or without a screen; the file appears only once it is complete.
+
+    :param run: what to play
+    :param video: the file
+    :param n_episodes: number of episodes, one after the other in the same video
+    :param seed: of the environment
+    :param deterministic: the policy's mode, or samples from it
+    :raises ConfigError: if the environment cannot be rendered or a package is missing
+    """
+    prepare_offscreen_rendering()
+    with _video_writer(video) as writer:
+        return evaluate(
+            run.model,
+            run.environment,
+            n_episodes=n_episodes,
+            seed=seed,
+            deterministic=deterministic,
+            render_mode="rgb_array",
+            outer_wrapper=lambda env: _FrameTap(env, writer.for_environment(env), n_episodes),
+        )
+
+
+class _VideoWriter:
+    """Streams frames to ffmpeg; a long episode never has to fit into memory."""
+
+    def __init__(self, path: Path, ffmpeg: Any) -> None:
+        self._path = path
+        self._ffmpeg = ffmpeg
+        self._stream: Any = None
+        self._fps = 30.0
+
+    def for_environment(self, env: gym.Env[Any, Any]) -> Callable[[Any], None]:
+        self._fps = float(env.metadata.get("render_fps") or self._fps)
+        return self.write
+
+    def write(self, frame: Any) -> None:
+        if not isinstance(frame, np.ndarray) or frame.ndim != 3:
+            raise ConfigError("the environment renders no RGB frames (its `render_modes` lack rgb_array), so no video can be made")
+        if self._stream is None:
+            height, width = frame.shape[:2]
+            # H.264 wants even sizes; ffmpeg rescales an odd one by a pixel.
+            self._stream = self._ffmpeg.write_frames(str(self._path), (width, height), fps=self._fps, macro_block_size=2)
+            self._stream.send(None)
+        self._stream.send(np.ascontiguousarray(frame[..., :3], dtype=np.uint8))
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+@contextmanager
+def _video_writer(video: Path) -> Iterator[_VideoWriter]:
+    try:
+        ffmpeg = importlib.import_module("imageio_ffmpeg")
+    except ImportError as error:
+        raise ConfigError('videos need imageio-ffmpeg: run: pip install "sb3_pgplus[report]"') from error
+    video.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = video.with_name(f".{video.stem}-{os.getpid()}.mp4")
+    writer = _VideoWriter(unfinished, ffmpeg)
+    try:
+        yield writer
+        writer.close()
+        os.replace(unfinished, video)
+    finally:
+        writer.close()
+        unfinished.unlink(missing_ok=True)

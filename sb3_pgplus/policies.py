@@ -1,0 +1,301 @@
+"""
+SB3's policies with observation normalisation inside, and what the algorithms need to know about any policy.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.distributions import Bernoulli, Categorical, Normal
+
+from sb3_pgplus.core.distributions import kl_bernoulli, kl_categorical, kl_normal
+from sb3_pgplus.core.running_stats import Moments, merge_moments, moments_of
+
+#: Names of the ``activation_fn`` argument.
+ACTIVATION_CLASSES: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+}
+
+# VecNormalize's constants: its statistics start from 1e-4 samples of mean 0 and variance 1.
+_INITIAL_COUNT = 1e-4
+_EPSILON = 1e-8
+
+
+class RunningMoments(nn.Module):
+    """
+    Running mean and variance as float64 buffers, so that they travel in ``state_dict`` and with ``to(device)``.
+
+    :param shape: shape of one sample
+    """
+
+    mean: th.Tensor
+    var: th.Tensor
+    count: th.Tensor
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.register_buffer("mean", th.zeros(shape, dtype=th.float64))
+        self.register_buffer("var", th.ones(shape, dtype=th.float64))
+        self.register_buffer("count", th.tensor(_INITIAL_COUNT, dtype=th.float64))
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether no data has been merged yet."""
+        return bool(self.count <= _INITIAL_COUNT)
+
+    def std(self) -> th.Tensor:
+        """``√(var + ε)``, VecNormalize's denominator."""
+        return th.sqrt(self.var + _EPSILON)
+
+    @th.no_grad()
+    def merge(self, batch: th.Tensor) -> None:
+        """
+        Add a batch of samples.
+
+        :param batch: ``[B, *shape]``
+        """
+        merged = merge_moments(Moments(self.mean, self.var, self.count), moments_of(batch))
+        self.mean.copy_(merged.mean)
+        self.var.copy_(merged.var)
+        self.count.copy_(merged.count)
+
+
+class ObservationNormalizer(nn.Module):
+    """
+    ``clip((obs − mean) / √(var + ε), −c, c)`` for the float observations of a space, VecNormalize's formula.
+
+    :param observation_space: the policy's observation space
+    :param clip: c, or None for no clipping
+    :param floats_only: leave integer boxes as they are. Images are always left as they are.
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any], clip: float | None, floats_only: bool) -> None:
+        super().__init__()
+        self.clip = math.inf if clip is None else clip
+        #: Normalised keys of a Dict space, in the order of ``moments``; None for any other space.
+        self.keys: list[str] | None = None
+        if isinstance(observation_space, spaces.Dict):
+            self.keys = normalizable_keys(observation_space, floats_only)
+            shapes = [observation_space[key].shape for key in self.keys]
+        else:
+            shapes = [observation_space.shape]
+        # A list, because keys of a Dict space may hold characters that module names may not.
+        self.moments = nn.ModuleList(RunningMoments(shape or ()) for shape in shapes)
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether no data has been merged yet."""
+        return all(moments.is_initial for moments in self.moments)  # type: ignore[union-attr, misc]  # RunningMoments
+
+    def forward(self, observations: PyTorchObs) -> PyTorchObs:
+        """Normalise a batch ``[B, ...]``; float32 comes out."""
+        if isinstance(observations, dict):
+            normalized = {key: self._normalize(observations[key], m) for key, m in self._by_key()}
+            return {**observations, **normalized}
+        return self._normalize(observations, self.moments[0])
+
+    def merge(self, observations: PyTorchObs) -> None:
+        """Add a batch ``[B, ...]`` to the statistics."""
+        if isinstance(observations, dict):
+            for key, moments in self._by_key():
+                moments.merge(observations[key])
+        else:
+            self.moments[0].merge(observations)  # type: ignore[operator]  # ModuleList of RunningMoments
+
+    def _by_key(self) -> list[tuple[str, Any]]:
+        return list(zip(self.keys or [], self.moments, strict=True))
+
+    def _normalize(self, observations: th.Tensor, moments: Any) -> th.Tensor:
+        scaled = (observations - moments.mean) / moments.std()
+        return scaled.clamp(-self.clip, self.clip).float()
+
+
+def normalizable_keys(observation_space: spaces.Dict, floats_only: bool) -> list[str]:
+    """Keys of a Dict space whose entries can be normalised."""
+    return [key for key, space in observation_space.spaces.items() if is_normalizable(space, floats_only)]
+
+
+def is_normalizable(space: spaces.Space[Any], floats_only: bool) -> bool:
+    """
+    Whether running mean and std of a space make sense: a Box that is no image.
+
+    :param space: one observation space; a Dict counts if one of its entries does
+    :param floats_only: leave integer boxes out
+    """
+    if isinstance(space, spaces.Dict):
+        return bool(normalizable_keys(space, floats_only))
+    if not isinstance(space, spaces.Box) or is_image_space(space):
+        return False
+    is_float = bool(np.issubdtype(space.dtype, np.floating))
+    # Three dimensions of floats are an image that is scaled already.
+    return (is_float and len(space.shape) < 3) or (not is_float and not floats_only)
+
+
+class NormalizesObservations:
+    """
+    Mix-in that lets any :class:`ActorCriticPolicy` take raw observations.
+
+    Every public method that takes observations normalises them once, at the outermost call: what a policy's methods
+    hand to each other is normalised already. So it makes no difference which of them a custom policy overrides.
+    """
+
+    #: The class that is mixed into.
+    policy_class: type[ActorCriticPolicy]
+    observation_normalizer: ObservationNormalizer
+    observation_space: spaces.Space[Any]
+
+    def __init__(
+        self, *args: Any, clip_observations: float | None = 10.0, normalize_floats_only: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._normalizer_arguments = {
+            "clip_observations": clip_observations,
+            "normalize_floats_only": normalize_floats_only,
+        }
+        self.observation_normalizer = ObservationNormalizer(
+            self.observation_space, clip_observations, normalize_floats_only
+        )
+        self._already_normalized = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made at run time, so a pickle must name the class that it is made from.
+        return _new_normalized, (self.policy_class,), self.__dict__
+
+    def _call_normalized(self, method: Callable[..., Any], obs: PyTorchObs, *args: Any, **kwargs: Any) -> Any:
+        if self._already_normalized:
+            return method(obs, *args, **kwargs)
+        self._already_normalized = True
+        try:
+            return method(self.observation_normalizer(obs), *args, **kwargs)
+        finally:
+            self._already_normalized = False
+
+    def forward(self, obs: PyTorchObs, *args: Any, **kwargs: Any) -> Any:
+        return self._call_normalized(super().forward, obs, *args, **kwargs)  # type: ignore[misc]  # mix-in
+
+    def evaluate_actions(self, obs: PyTorchObs, *args: Any, **kwargs: Any) -> Any:
+        return self._call_normalized(super().evaluate_actions, obs, *args, **kwargs)  # type: ignore[misc]  # mix-in
+
+    def get_distribution(self, obs: PyTorchObs, *args: Any, **kwargs: Any) -> Any:
+        return self._call_normalized(super().get_distribution, obs, *args, **kwargs)  # type: ignore[misc]  # mix-in
+
+    def predict_values(self, obs: PyTorchObs, *args: Any, **kwargs: Any) -> Any:
+        return self._call_normalized(super().predict_values, obs, *args, **kwargs)  # type: ignore[misc]  # mix-in
+
+    def extract_features(self, obs: PyTorchObs, *args: Any, **kwargs: Any) -> Any:
+        return self._call_normalized(super().extract_features, obs, *args, **kwargs)  # type: ignore[misc]  # mix-in
+
+    def _predict(self, observation: PyTorchObs, *args: Any, **kwargs: Any) -> Any:
+        return self._call_normalized(super()._predict, observation, *args, **kwargs)  # type: ignore[misc]  # mix-in
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        parameters: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]  # mix-in
+        return {**parameters, **self._normalizer_arguments}
+
+
+@functools.cache
+def normalized_policy_class(policy_class: type[ActorCriticPolicy]) -> type[ActorCriticPolicy]:
+    """The policy class with observation normalisation inside (always the same class for the same argument)."""
+    return type(f"Normalized{policy_class.__name__}", (NormalizesObservations, policy_class), {"policy_class": policy_class})
+
+
+def _new_normalized(policy_class: type[ActorCriticPolicy]) -> ActorCriticPolicy:
+    cls = normalized_policy_class(policy_class)
+    return cls.__new__(cls)
+
+
+def observation_normalizer(policy: nn.Module) -> ObservationNormalizer | None:
+    """The policy's normaliser, if it has one."""
+    found = getattr(policy, "observation_normalizer", None)
+    return found if isinstance(found, ObservationNormalizer) else None
+
+
+def distribution_parameters(distribution: Distribution) -> tuple[th.Tensor, ...]:
+    """
+    What a closed-form KL needs to know about SB3's action distribution, without gradient.
+
+    :param distribution: any of SB3's: (squashed, state-dependent) Gaussian, (multi-)categorical, Bernoulli
+    :return: mean and std, or logits (one tensor per action of a multi-categorical), each ``[B, ...]``
+    :raises TypeError: on a distribution without a known closed form
+    """
+    return tuple(p.detach() for p in _parameters(distribution))
+
+
+def kl_old_new(old_parameters: tuple[th.Tensor, ...], distribution: Distribution) -> th.Tensor:
+    """
+    Closed-form KL(π_old‖π_θ) of each state in nats.
+
+    :param old_parameters: from :func:`distribution_parameters` of π_old
+    :param distribution: π_θ on the same states
+    :return: ``[B]``
+    :raises TypeError: on a distribution without a known closed form
+    """
+    inner: Any = distribution.distribution
+    parameters = _parameters(distribution)
+    if isinstance(inner, Normal):
+        return kl_normal(*old_parameters, *parameters)
+    if isinstance(inner, Bernoulli):
+        return kl_bernoulli(*old_parameters, *parameters)
+    terms = [kl_categorical(old, new) for old, new in zip(old_parameters, parameters, strict=True)]
+    return th.stack(terms).sum(dim=0)
+
+
+def _parameters(distribution: Distribution) -> tuple[th.Tensor, ...]:
+    inner: Any = distribution.distribution
+    if isinstance(inner, Normal):
+        return inner.loc, inner.scale
+    if isinstance(inner, (Categorical, Bernoulli)):
+        return (inner.logits,)
+    if isinstance(inner, list) and all(isinstance(part, Categorical) for part in inner):
+        return tuple(part.logits for part in inner)
+    raise TypeError(f"no closed-form KL is known for {type(distribution).__name__}")
+
+
+def critic_only_parameters(policy: ActorCriticPolicy) -> list[nn.Parameter]:
+    """
+    Parameters that only the critic uses: those the log-probability and the entropy do not depend on.
+
+    Found from the autograd graph and not from names, so custom policies and shared trunks work.
+
+    :param policy: any actor-critic policy
+    :return: its parameters without the actor's (a shared trunk counts as the actor's)
+    """
+    was_training = policy.training
+    policy.set_training_mode(False)  # batch statistics must not see the dummy observations
+    observations = dummy_observations(policy.observation_space, policy.device)
+    with th.no_grad():
+        actions = policy._predict(observations, deterministic=True)
+    with th.enable_grad():
+        _, log_prob, entropy = policy.evaluate_actions(observations, actions)
+        actor_outputs = log_prob.sum() if entropy is None else log_prob.sum() + entropy.sum()
+    policy.set_training_mode(was_training)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    gradients = th.autograd.grad(actor_outputs, parameters, allow_unused=True)
+    return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+
+
+def dummy_observations(space: spaces.Space[Any], device: th.device, batch_size: int = 2) -> PyTorchObs:
+    """A batch of zeros that fits an observation space, made without touching any random generator."""
+    if isinstance(space, spaces.Dict):
+        return {key: _zeros(sub, device, batch_size) for key, sub in space.spaces.items()}
+    return _zeros(space, device, batch_size)
+
+
+def _zeros(space: spaces.Space[Any], device: th.device, batch_size: int) -> th.Tensor:
+    dtype = np.dtype(space.dtype)
+    zeros = th.zeros((batch_size, *(space.shape or ())), device=device)
+    return zeros if np.issubdtype(dtype, np.floating) else zeros.long()

@@ -1,0 +1,213 @@
+"""
+Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.06347) with all implementation tricks.
+"""
+
+import warnings
+from typing import ClassVar, cast
+
+import torch as th
+
+from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer
+from sb3_pgplus.core import losses
+from sb3_pgplus.core.advantages import normalize
+from sb3_pgplus.errors import HyperparameterError
+from sb3_pgplus.hparams import PPOHparams
+from sb3_pgplus.metrics import Metrics
+from sb3_pgplus.on_policy import PolicyGradientPlus
+from sb3_pgplus.policies import distribution_parameters, kl_old_new
+from sb3_pgplus.schedules import as_schedule
+
+
+class PPOPlus(PolicyGradientPlus[PPOHparams]):
+    """PPO. Every hyperparameter is declared in :class:`sb3_pgplus.hparams.PPOHparams`."""
+
+    hparams_class = PPOHparams
+    # SB3's order of positional arguments.
+    positional: ClassVar[tuple[str, ...]] = (
+        "learning_rate",
+        "n_steps",
+        "batch_size",
+        "n_epochs",
+        "gamma",
+        "gae_lambda",
+        "clip_range",
+        "clip_range_vf",
+        "normalize_advantage",
+        "ent_coef",
+        "vf_coef",
+        "max_grad_norm",
+        "use_sde",
+        "sde_sample_freq",
+        "rollout_buffer_class",
+        "rollout_buffer_kwargs",
+        "target_kl",
+        "stats_window_size",
+        "tensorboard_log",
+        "policy_kwargs",
+        "verbose",
+        "seed",
+        "device",
+        "_init_setup_model",
+    )
+    needs_torch_buffer = ("normalize_value_targets", "recompute_advantages", "kl_coef")
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        # SB3's PPO keeps these as schedule objects, and scripts call them.
+        for name in ("clip_range", "clip_range_vf"):
+            if getattr(self, name) is not None:
+                setattr(self, name, as_schedule(name, getattr(self, name)))
+
+    def _check_batch(self) -> None:
+        if self.env is None:
+            return
+        samples, batch_size = self.n_steps * self.env.num_envs, self.batch_size
+        if samples < 2 and self.normalize_advantage:
+            raise HyperparameterError(
+                "`n_steps * n_envs` must be greater than 1 when advantages are normalised. "
+                f"Currently n_steps={self.n_steps} and n_envs={self.env.num_envs}"
+            )
+        if samples % batch_size:
+            warnings.warn(
+                f"You have specified a mini-batch size of {batch_size}, but because the `RolloutBuffer` is of size "
+                f"`n_steps * n_envs = {samples}`, after every {samples // batch_size} untruncated mini-batches, there "
+                f"will be a truncated mini-batch of size {samples % batch_size}\nWe recommend using a `batch_size` that "
+                f"is a factor of `n_steps * n_envs`.\nInfo: (n_steps={self.n_steps} and n_envs={self.env.num_envs})",
+                stacklevel=4,
+            )
+
+    def update(self, hp: PPOHparams, metrics: Metrics) -> None:
+        """Epochs of minibatch steps, ended early by ``target_kl``; then the critic's further epochs."""
+        n_critic_epochs = hp.n_epochs if hp.n_critic_epochs is None else hp.n_critic_epochs
+        if hp.kl_coef is not None:
+            self._store_old_distribution()
+        for epoch in range(hp.n_epochs):
+            if hp.recompute_advantages and epoch > 0:
+                self._recompute_advantages(cast(TorchRolloutBuffer, self.rollout_buffer), hp)
+            metrics.restart("train/approx_kl")
+            finished = self._epoch(hp, metrics, with_critic=epoch < n_critic_epochs)
+            self._n_updates += 1
+            if not finished:
+                if self.verbose >= 1:
+                    print(f"Early stopping at epoch {epoch}: the KL exceeds 1.5 times target_kl = {hp.target_kl}")
+                break
+            if hp.desired_kl is not None:
+                self._adapt_learning_rate(metrics.mean("train/approx_kl"), hp.desired_kl)
+        self._fit_critic(n_critic_epochs - hp.n_epochs, hp.batch_size, hp.vf_coef, hp.max_grad_norm, metrics)
+        if hp.adaptive_kl_target is not None:
+            self._adapt_kl_coef(hp.adaptive_kl_target)
+        self._log_settings(hp, epoch + 1)
+
+    def _epoch(self, hp: PPOHparams, metrics: Metrics, with_critic: bool) -> bool:
+        """
+        One pass over the rollout.
+
+        :return: False if the KL exceeded 1.5 times ``target_kl``, before that minibatch's step (SB3's meaning)
+        """
+        parameters = list(self.policy.parameters())
+        for batch in self.rollout_buffer.get(hp.batch_size):
+            loss, diagnostics = self.loss(batch, hp, with_critic)
+            metrics.add(diagnostics)
+            if hp.target_kl is not None and float(diagnostics["train/approx_kl"]) > 1.5 * hp.target_kl:
+                return False
+            norm = self._gradient_step(loss, batch, parameters, hp.max_grad_norm)
+            metrics.add({"train/grad_norm": norm, "train/grad_norm_max": norm})
+        return True
+
+    def loss(self, batch: RolloutSamples, hp: PPOHparams, with_critic: bool = True) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        The minibatch's loss ``L_policy + c_ent L_entropy + c_vf L_value (+ β KL)`` (PPO paper, equation 9).
+
+        Override :meth:`policy_loss` to change the policy's part alone, or this to add terms.
+
+        :param batch: B samples
+        :param hp: hyperparameters of this update
+        :param with_critic: include the critic's part
+        :return: the loss, and scalars to log under their keys
+        """
+        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, self._policy_actions(batch.actions))
+        advantages = normalize(batch.advantages) if hp.normalize_advantage else batch.advantages
+        log_ratio = log_prob - batch.old_log_prob
+        ratio = th.exp(log_ratio)
+        policy_loss = self.policy_loss(ratio, advantages, hp)
+        entropy_loss = losses.entropy_loss(-log_prob if entropy is None else entropy)
+        loss = policy_loss + hp.ent_coef * entropy_loss
+        diagnostics = {"train/policy_gradient_loss": policy_loss, "train/entropy_loss": entropy_loss}
+        if with_critic:
+            critic_loss, critic_diagnostics = self._critic_loss(values.flatten(), batch, hp)
+            loss = loss + hp.vf_coef * critic_loss
+            diagnostics |= critic_diagnostics
+        if hp.kl_coef is not None:
+            kl = kl_old_new(batch.old_distribution, self.policy.get_distribution(batch.observations))
+            loss = loss + losses.kl_penalty(kl, kl_coef=hp.kl_coef * self._kl_coef_scale)
+            diagnostics["train/kl"] = kl.mean()
+        kl_estimate = losses.kl_old_new(log_ratio)
+        diagnostics |= {"train/loss": loss, "train/approx_kl": kl_estimate, "train/approx_kl_max": kl_estimate}
+        if hp.clip_range is not None:
+            diagnostics["train/clip_fraction"] = losses.clip_fraction(ratio, clip_range=hp.clip_range)
+        return loss, diagnostics
+
+    def policy_loss(self, ratio: th.Tensor, advantages: th.Tensor, hp: PPOHparams) -> th.Tensor:
+        """
+        The policy's part of the loss. Override it to try another objective.
+
+        :param ratio: ρ = π_θ(a|s)/π_old(a|s), ``[B]``
+        :param advantages: Ψ, normalised if so set, ``[B]``
+        :param hp: hyperparameters of this update
+        :return: scalar to minimise
+        """
+        if hp.clip_range is None:
+            return losses.surrogate(ratio, advantages)
+        return losses.clipped_surrogate(ratio, advantages, clip_range=hp.clip_range)
+
+    def _critic_loss(
+        self, values: th.Tensor, batch: RolloutSamples, hp: PPOHparams
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        returns = self._normalized(batch.returns)
+        if hp.clip_range_vf is None:
+            loss = losses.value_loss(values, returns)
+            return loss, {"train/value_loss": loss}
+        old_values = self._normalized(batch.old_values)
+        clip = hp.clip_range_vf
+        loss = losses.clipped_value_loss(values, old_values, returns, clip_range_vf=clip, value_clip=hp.value_clip)
+        fraction = losses.value_clip_fraction(values, old_values, clip_range_vf=clip)
+        return loss, {"train/value_loss": loss, "train/value_loss_clip_fraction": fraction}
+
+    # --- control of the KL --------------------------------------------------------------------------------------------
+
+    def _store_old_distribution(self) -> None:
+        """Keep π_old's distribution parameters beside the rollout, for the closed-form KL."""
+        buffer = cast(TorchRolloutBuffer, self.rollout_buffer)
+        self.policy.set_training_mode(False)
+        with th.no_grad():
+            buffer.extras = distribution_parameters(self.policy.get_distribution(buffer.flat("observations")))
+        self.policy.set_training_mode(True)
+
+    def _adapt_kl_coef(self, target: float) -> None:
+        """β is halved below target/1.5 and doubled above 1.5·target (PPO paper, section 4)."""
+        buffer = cast(TorchRolloutBuffer, self.rollout_buffer)
+        with th.no_grad():
+            distribution = self.policy.get_distribution(buffer.flat("observations"))
+            kl = float(kl_old_new(buffer.extras, distribution).mean())
+        if kl < target / 1.5:
+            self._kl_coef_scale /= 2
+        elif kl > target * 1.5:
+            self._kl_coef_scale *= 2
+
+    def _adapt_learning_rate(self, kl: float, desired: float) -> None:
+        """Divide the rate by 1.5 above 2·desired, multiply it below desired/2; at most 100 times down or 10 times up."""
+        before = self._kl_lr_scale
+        if kl > 2 * desired:
+            self._kl_lr_scale = max(before / 1.5, 0.01)
+        elif kl < desired / 2:
+            self._kl_lr_scale = min(before * 1.5, 10.0)
+        if self._kl_lr_scale != before:
+            self._update_learning_rate(self.policy.optimizer)
+
+    def _log_settings(self, hp: PPOHparams, n_epochs: int) -> None:
+        settings = {"clip_range": hp.clip_range, "clip_range_vf": hp.clip_range_vf, "ent_coef": hp.ent_coef}
+        settings["kl_coef"] = None if hp.kl_coef is None else hp.kl_coef * self._kl_coef_scale
+        for name, value in settings.items():
+            if value is not None:
+                self.logger.record(f"train/{name}", value)
+        self.logger.record("train/n_epochs", n_epochs)

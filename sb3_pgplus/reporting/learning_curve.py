@@ -1,0 +1,156 @@
+"""The learning curve: every training episode's return as a dot, their running mean and spread as a line and a band."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FloatArray = npt.NDArray[np.float64]
+MAX_DOTS = 5000
+EPISODE_COLUMNS = ("step", "return", "length", "seconds")
+
+
+@dataclass
+class Episodes:
+    """Finished training episodes, in the order they ended."""
+
+    steps: list[int] = field(default_factory=list)
+    """Environment steps taken in the whole run when the episode ended."""
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def read_episodes(path: Path) -> Episodes:
+    """
+    Read a run's ``episodes.csv``.
+
+    :param path: the file
+    """
+    episodes = Episodes()
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            episodes.steps.append(int(row["step"]))
+            episodes.returns.append(float(row["return"]))
+            episodes.lengths.append(int(row["length"]))
+    return episodes
+
+
+def read_progress(path: Path) -> tuple[FloatArray, FloatArray]:
+    """
+    Read the mean training return from SB3's ``progress.csv``.
+
+    :param path: the file
+    :return: environment steps and SB3's mean over the last 100 episodes, rows without one left out
+    :raises ValueError: if the file has no such columns
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = ("time/total_timesteps", "rollout/ep_rew_mean")
+    complete = [[float(row[name]) for name in columns] for row in rows if all(row.get(name) for name in columns)]
+    if not complete:
+        raise ValueError(f"{path} holds no {columns[1]} against {columns[0]}: has an episode ended?")
+    steps, means = np.array(complete, dtype=np.float64).T
+    return steps, means
+
+
+def smooth(values: npt.ArrayLike, window: int) -> tuple[FloatArray, FloatArray]:
+    """
+    Mean and standard deviation of the last ``window`` values, of fewer at the beginning; never of later ones.
+
+    ``m_i = 1/w Σ_{k=i−w+1}^{i} x_k``,  ``s_i² = 1/w Σ_{k=i−w+1}^{i} x_k² − m_i²``, ``w = min(window, i+1)``
+
+    :param values: ``[n]``
+    :param window: number of values to average over
+    :return: means ``[n]`` and standard deviations ``[n]``
+    """
+    array = np.asarray(values, dtype=np.float64)
+    # The sums of squares cancel badly when the values are far from 0 (Pendulum's returns), so centre them first.
+    centre = array.mean() if array.size else 0.0
+    sums = np.concatenate([[0.0], np.cumsum(array - centre)])
+    squares = np.concatenate([[0.0], np.cumsum((array - centre) ** 2)])
+    ends = np.arange(1, array.size + 1)
+    starts = np.maximum(ends - window, 0)
+    count = ends - starts
+    mean = (sums[ends] - sums[starts]) / count
+    variance = (squares[ends] - squares[starts]) / count - mean**2
+    return mean + centre, np.sqrt(np.maximum(variance, 0.0))
+
+
+def plot_learning_curve(
+    source: Episodes | Path | str, path: Path | str, *, title: str = "Learning curve", subtitle: str = ""
+) -> Path:
+    """
+    Draw a learning curve into a picture file.
+
+    :param source: finished episodes, a run folder, its ``episodes.csv``, or an SB3 ``progress.csv`` (then without dots and band)
+    :param path: the picture; its ending chooses the format (png, pdf, svg)
+    :param title: bold, above the picture
+    :param subtitle: below the title
+    :return: ``path``
+    :raises ImportError: if matplotlib is missing, naming the extra that installs it
+    :raises ValueError: if there is nothing to draw
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('learning curves need matplotlib: pip install "sb3_pgplus[report]"') from error
+    source = _as_episodes(Path(source)) if isinstance(source, Path | str) else source
+    # A bare Figure draws with Agg: no pyplot, no window, no state shared with the user's own plots.
+    figure = Figure(figsize=(8.0, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    if isinstance(source, Episodes):
+        _draw_episodes(axes, source)
+    else:
+        axes.plot(*read_progress(source), color="#1f6fb2", linewidth=2.0, label="mean of the last 100 episodes")
+    _decorate(axes, title, subtitle)
+    figure.savefig(path)
+    return Path(path)
+
+
+def _as_episodes(path: Path) -> Episodes | Path:
+    path = path / "episodes.csv" if path.is_dir() else path
+    with path.open(encoding="utf-8") as file:
+        header = file.readline().strip().split(",")
+    return read_episodes(path) if header[:2] == list(EPISODE_COLUMNS[:2]) else path
+
+
+def _draw_episodes(axes: Axes, episodes: Episodes) -> None:
+    if not len(episodes):
+        raise ValueError("no episode has ended, so there is no learning curve to draw")
+    steps = np.asarray(episodes.steps, dtype=np.float64)
+    returns = np.asarray(episodes.returns, dtype=np.float64)
+    window = int(np.clip(len(episodes) // 20, 5, 100))
+    mean, std = smooth(returns, window)
+    shown = np.unique(np.linspace(0, len(episodes) - 1, min(len(episodes), MAX_DOTS)).astype(int))
+    axes.plot(
+        steps[shown], returns[shown], ".", color="#8a8f98", markersize=2.5, alpha=0.45, markeredgewidth=0, label="one episode"
+    )
+    axes.fill_between(steps, mean - std, mean + std, color="#1f6fb2", alpha=0.18, linewidth=0, label="± 1 standard deviation")
+    axes.plot(steps, mean, color="#1f6fb2", linewidth=2.0, label=f"mean of the last {window} episodes")
+
+
+def _decorate(axes: Axes, title: str, subtitle: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=22 if subtitle else 10)
+    if subtitle:
+        axes.text(0.0, 1.03, subtitle, transform=axes.transAxes, fontsize=9, color="#5a5f66", va="bottom")
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel("episode return (sum of rewards)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(visible=True, color="#e3e6ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.01)
+    axes.legend(frameon=False, fontsize=8, loc="best", markerscale=3)

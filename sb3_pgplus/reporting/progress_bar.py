@@ -1,0 +1,142 @@
+"""What a run shows and records while it trains: a progress bar with the recent return, and one CSV row per episode."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import safe_mean
+
+from sb3_pgplus.reporting.learning_curve import EPISODE_COLUMNS, Episodes
+
+REFRESH_SECONDS = 0.2
+PLAIN_LINES = 10
+"""Without a terminal (a log file, continuous integration) this many lines are printed instead of a moving bar."""
+
+
+class EpisodeRecorder(BaseCallback):
+    """
+    Keep every finished episode, and write it to a CSV file as it ends.
+
+    Unlike ``model.ep_info_buffer`` it forgets nothing, and it knows at which environment step an episode ended.
+
+    :param path: the CSV file
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.episodes = Episodes()
+        self._path = path
+        self._file: IO[str] | None = None
+        self._start = 0.0
+
+    def _on_training_start(self) -> None:
+        self._start = time.perf_counter()
+        # Line buffered: what has been recorded survives whatever ends the process.
+        self._file = self._path.open("w", encoding="utf-8", buffering=1)
+        self._file.write(",".join(EPISODE_COLUMNS) + "\n")
+
+    def _on_step(self) -> bool:
+        if not self.locals["dones"].any():
+            return True
+        for info in self.locals["infos"]:
+            if (episode := info.get("episode")) is not None:
+                self._record(float(episode["r"]), int(episode["l"]))
+        return True
+
+    def _record(self, episode_return: float, length: int) -> None:
+        self.episodes.steps.append(self.num_timesteps)
+        self.episodes.returns.append(episode_return)
+        self.episodes.lengths.append(length)
+        if self._file is not None:
+            seconds = time.perf_counter() - self._start
+            self._file.write(f"{self.num_timesteps},{episode_return!r},{length},{seconds:.3f}\n")
+
+    def close(self) -> None:
+        """Close the file; SB3 has no hook for a training that was interrupted, so the caller does it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class _StepsColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{int(task.completed):,}/{int(task.total or 0):,} steps", style="progress.download")
+
+
+class _SpeedColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} steps/s" if speed else "– steps/s", style="progress.data.speed")
+
+
+class TrainingProgress(BaseCallback):
+    """
+    A progress bar with steps, steps per second, time left and the mean return of the last 100 episodes.
+
+    SB3's own bar cannot show the return.
+
+    :param console: where to draw
+    :param total_timesteps: length of this training
+    """
+
+    def __init__(self, console: Console, total_timesteps: int) -> None:
+        super().__init__()
+        self._console = console
+        self._total = total_timesteps
+        self._first_step = 0
+        self._next_refresh = 0.0
+        self._next_line = 0.0
+        self._start = time.perf_counter()
+        self._progress = Progress(
+            BarColumn(bar_width=None),
+            _StepsColumn(),
+            _SpeedColumn(),
+            TextColumn("[green]return {task.fields[recent_return]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            speed_estimate_period=60.0,
+            expand=True,
+        )
+        self._task = self._progress.add_task("", total=total_timesteps, recent_return="–")
+
+    def _on_training_start(self) -> None:
+        self._start = time.perf_counter()
+        self._first_step = self.num_timesteps
+        self._next_line = self._total / PLAIN_LINES
+        if self._console.is_terminal:
+            self._progress.start()
+
+    def _on_step(self) -> bool:
+        now = time.perf_counter()
+        if now >= self._next_refresh:  # a refresh costs more than an environment step
+            self._next_refresh = now + REFRESH_SECONDS
+            self._show(now)
+        return True
+
+    def _on_training_end(self) -> None:
+        self._show(time.perf_counter())
+
+    def _show(self, now: float) -> None:
+        done = min(self.num_timesteps - self._first_step, self._total)  # the last rollout may go beyond the total
+        if self._console.is_terminal:
+            self._progress.update(self._task, completed=done, recent_return=self._recent_return())
+        elif done >= self._next_line:
+            chunk = max(self._total // PLAIN_LINES, 1)
+            self._next_line = (done // chunk + 1) * chunk
+            speed = done / max(now - self._start, 1e-9)
+            self._console.print(f"{done:>12,}/{self._total:,} steps  {speed:,.0f} steps/s  return {self._recent_return()}")
+
+    def _recent_return(self) -> str:
+        recent = [info["r"] for info in self.model.ep_info_buffer or ()]
+        return f"{safe_mean(recent):,.1f}" if recent else "–"
+
+    def close(self) -> None:
+        """Take the bar off the screen's live area; the caller does it also after an interruption or an error."""
+        if self._console.is_terminal:
+            self._progress.stop()

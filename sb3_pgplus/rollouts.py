@@ -1,0 +1,286 @@
+"""Between the last step of a rollout and the update: statistics, bootstrap values, advantages."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.utils import obs_as_tensor
+from torch import nn
+
+from sb3_pgplus.buffers import RolloutEnd, TorchRolloutBuffer, cat_observations, map_observations
+from sb3_pgplus.core.advantages import (
+    discounted_returns,
+    gae,
+    gae_sequential,
+    monte_carlo_advantages,
+    n_step_advantages,
+    td_errors,
+)
+from sb3_pgplus.errors import HyperparameterError
+from sb3_pgplus.guards import check_finite_step
+from sb3_pgplus.hparams import PolicyGradientHparams
+from sb3_pgplus.policies import RunningMoments, observation_normalizer
+
+if TYPE_CHECKING:  # a mix-in of one class: let the type checker see what it is mixed into
+    from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm as _Base
+else:
+    _Base = object
+
+# Values are recomputed in pieces of this many samples: a whole rollout of images would not fit otherwise.
+_CHUNK = 2048
+
+Estimator = Callable[[PolicyGradientHparams, th.Tensor, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+
+
+def _gae(hp: PolicyGradientHparams, *rollout: th.Tensor) -> th.Tensor:
+    recursion = gae_sequential if hp.sb3_exact else gae
+    return recursion(*rollout, gamma=hp.gamma, gae_lambda=hp.gae_lambda)
+
+
+#: name → Ψ(hp, rewards, values, next_values, dones)
+ESTIMATORS: dict[str, Estimator] = {
+    "gae": _gae,
+    "td": lambda hp, rewards, values, next_values, dones: td_errors(rewards, values, next_values, gamma=hp.gamma),
+    "monte_carlo": lambda hp, *rollout: monte_carlo_advantages(*rollout, gamma=hp.gamma),
+    "n_step": lambda hp, *rollout: n_step_advantages(*rollout, gamma=hp.gamma, horizon=hp.n_step_horizon),
+}
+
+
+class RolloutProcessing(_Base):
+    """The part of the base class that turns a collected rollout into advantages and targets."""
+
+    bootstrap_truncated: bool
+    normalize_value_targets: bool
+    reward_normalizer: RunningMoments
+    value_normalizer: RunningMoments
+    _normalizes_observations: bool | None
+    _normalizes_rewards: bool | None
+    _carried_returns: list[float]
+    _rollout_end: RolloutEnd
+    _observations_merged: bool
+
+    def _policy_actions(self, actions: th.Tensor) -> th.Tensor:
+        raise NotImplementedError
+
+    def _keep_final_observations(self, step: int, dones: np.ndarray[Any, Any], infos: list[dict[str, Any]]) -> None:
+        """Remember where a time limit cut an episode, and the observation V(s_T) will be taken of."""
+        if not self.bootstrap_truncated:
+            return
+        for index in np.flatnonzero(dones):
+            info = infos[index]
+            if info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
+                final, _ = self.policy.obs_to_tensor(info["terminal_observation"])
+                check_finite_step(map_observations(final, lambda x: x.cpu().numpy()), None, self.num_timesteps)
+                self._rollout_end.add_truncation(step, int(index), final)
+
+    def _finish_rollout(self, buffer: RolloutBuffer, hp: PolicyGradientHparams) -> None:
+        """Everything between the last step of a rollout and ``on_rollout_end``."""
+        self._rollout_end.last_observations = obs_as_tensor(self._last_obs, self.device)
+        self._rollout_end.last_dones = self._last_episode_starts
+        # Rollout 1 was collected on raw observations. It is merged first and evaluated again, so that its update sees
+        # normalised ones; later rollouts are merged after their update (`_merge_observations`), so that statistics
+        # are constant from a rollout's first step to the last minibatch on it.
+        normalizer = observation_normalizer(self.policy)
+        first = normalizer is not None and normalizer.is_initial
+        self._observations_merged = False
+        if first:
+            self._merge_observations(buffer)
+        self._merge_rewards(buffer, hp)
+        if isinstance(buffer, TorchRolloutBuffer):
+            self._compute_bootstraps(buffer, hp)
+            if first:
+                self._reevaluate(buffer, hp)
+            self._compute_advantages(buffer, hp)
+            self._update_value_normalizer(buffer, hp)
+        else:
+            self._finish_foreign_buffer(buffer, hp, reevaluate=first)
+
+    # --- running statistics -------------------------------------------------------------------------------------------
+
+    def _merge_observations(self, buffer: RolloutBuffer) -> None:
+        """Add a rollout's observations to the running statistics, once."""
+        normalizer = observation_normalizer(self.policy)
+        if normalizer is None or self._observations_merged:
+            return
+        normalizer.merge(self._flat_observations(buffer))
+        self._observations_merged = True
+
+    def _flat_observations(self, buffer: RolloutBuffer) -> PyTorchObs:
+        """The rollout's observations ``[T·N, ...]``, in any order, from our buffer or SB3's."""
+
+        def flat(array: Any, shape: tuple[int, ...]) -> th.Tensor:
+            return th.as_tensor(array, device=self.device).reshape(-1, *shape)
+
+        if isinstance(buffer.obs_shape, dict):
+            return {key: flat(buffer.observations[key], shape) for key, shape in buffer.obs_shape.items()}
+        return flat(buffer.observations, buffer.obs_shape)
+
+    def _merge_rewards(self, buffer: RolloutBuffer, hp: PolicyGradientHparams) -> None:
+        """Add the rollout's discounted returns to the running statistics that scale rewards."""
+        if not self._normalizes_rewards:
+            return
+        rewards = th.as_tensor(buffer.rewards, dtype=th.float64)
+        starts = th.as_tensor(buffer.episode_starts, dtype=th.float64)
+        dones = th.cat([starts[1:], th.as_tensor(self._rollout_end.last_dones, dtype=th.float64)[None]])
+        carried = th.as_tensor(self._carried_returns, dtype=th.float64)
+        returns = discounted_returns(rewards, dones, carried, gamma=hp.gamma)
+        self.reward_normalizer.merge(returns.flatten().to(self.device))
+        self._carried_returns = (returns[-1] * (1 - dones[-1])).tolist()
+
+    def _scaled_rewards(self, rewards: th.Tensor, hp: PolicyGradientHparams) -> th.Tensor:
+        """Rewards as the advantages see them: VecNormalize's formula, this rollout's statistics included."""
+        if not self._normalizes_rewards:
+            return rewards
+        scaled = rewards.double() / self.reward_normalizer.std().to(rewards.device)
+        if hp.clip_rewards is not None:
+            scaled = scaled.clamp(-hp.clip_rewards, hp.clip_rewards)
+        return scaled.to(rewards.dtype)
+
+    # --- values and bootstraps ----------------------------------------------------------------------------------------
+
+    def _values_of(self, observations: PyTorchObs, chunk: int) -> th.Tensor:
+        """V of a batch of observations in units of the (scaled) reward, ``[B]``, without gradient."""
+        with th.no_grad():
+            pieces = [self.policy.predict_values(piece) for piece in _split(observations, chunk)]
+        return self._denormalized(th.cat(pieces).flatten())
+
+    def _final_values(self, hp: PolicyGradientHparams) -> th.Tensor:
+        """V(s_T) of the steps that a time limit cut, ``[K]``; one by one where SB3's rounding is wanted."""
+        finals = self._rollout_end.final_observations
+        if not finals:
+            return th.zeros(0, device=self.device)
+        return self._values_of(cat_observations(finals), 1 if hp.sb3_exact else _CHUNK)
+
+    def _last_values(self) -> th.Tensor:
+        """V of the observations after the last step, ``[N]``, in one batch as SB3 has it."""
+        assert self._rollout_end.last_observations is not None
+        return self._values_of(self._rollout_end.last_observations, self.n_envs)
+
+    def _compute_bootstraps(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
+        end = self._rollout_end
+        buffer.set_bootstraps(self._last_values(), end.last_dones, end, self._final_values(hp))
+
+    def _compute_advantages(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
+        """Ψ and the critic's targets from what is in the buffer."""
+        rewards = self._scaled_rewards(buffer.tensor("rewards"), hp)
+        rest = (buffer.tensor(name) for name in ("values", "next_values", "dones"))
+        buffer.set_advantages(ESTIMATORS[hp.advantage_estimator](hp, rewards, *rest))
+
+    def _reevaluate(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
+        """Replace V_old and log π_old by those under today's observation statistics."""
+        values, log_probs = self._evaluate(buffer)
+        buffer.tensor("values").copy_(values.view(buffer.buffer_size, buffer.n_envs))
+        buffer.tensor("log_probs").copy_(log_probs.view(buffer.buffer_size, buffer.n_envs))
+        self._compute_bootstraps(buffer, hp)
+
+    def _recompute_advantages(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
+        """
+        Ψ and targets under today's critic (Andrychowicz et al. 2021, section 3.5). V_old, which the critic's clip
+        refers to, stays that of the rollout.
+        """
+        old_values = buffer.tensor("values").clone()
+        self.policy.set_training_mode(False)
+        values, _ = self._evaluate(buffer)
+        buffer.tensor("values").copy_(values.view_as(old_values))
+        self._compute_bootstraps(buffer, hp)
+        self._compute_advantages(buffer, hp)
+        self.policy.set_training_mode(True)
+        buffer.tensor("values").copy_(old_values)
+
+    def _evaluate(self, buffer: TorchRolloutBuffer) -> tuple[th.Tensor, th.Tensor]:
+        """V and log π of all samples, time-major ``[T·N]``, without gradient."""
+        observations = map_observations(buffer.tensor("observations"), lambda x: x.flatten(0, 1))
+        actions = buffer.tensor("actions").flatten(0, 1).split(_CHUNK)
+        values, log_probs = [], []
+        with th.no_grad():
+            for piece, piece_actions in zip(_split(observations, _CHUNK), actions, strict=True):
+                value, log_prob, _ = self.policy.evaluate_actions(piece, self._policy_actions(piece_actions))
+                values.append(value.flatten())
+                log_probs.append(log_prob)
+        return self._denormalized(th.cat(values)), th.cat(log_probs)
+
+    def _finish_foreign_buffer(self, buffer: RolloutBuffer, hp: PolicyGradientHparams, reevaluate: bool) -> None:
+        """SB3's convention for its own buffers: the reward holds γ V(s_T), the buffer computes the advantages."""
+        if reevaluate:
+            self._reevaluate_foreign(buffer)
+        rewards = self._scaled_rewards(th.as_tensor(buffer.rewards), hp).cpu().numpy()
+        final_values = self._final_values(hp).cpu().numpy()
+        for step, env, value in zip(self._rollout_end.steps, self._rollout_end.envs, final_values, strict=True):
+            # In float32, as SB3 rounds it.
+            rewards[step, env] += np.float32(hp.gamma) * value
+        buffer.rewards[:] = rewards
+        buffer.compute_returns_and_advantage(
+            last_values=self._last_values(),
+            dones=self._rollout_end.last_dones,  # type: ignore[arg-type]  # set when the rollout ended
+        )
+
+    def _reevaluate_foreign(self, buffer: RolloutBuffer) -> None:
+        """:meth:`_reevaluate` for NumPy storage ``[T, N, ...]``."""
+        actions = th.as_tensor(buffer.actions, device=self.device).flatten(0, 1).float().split(_CHUNK)
+        observations = _split(self._flat_observations(buffer), _CHUNK)
+        with th.no_grad():
+            results = [
+                self.policy.evaluate_actions(obs, self._policy_actions(act))
+                for obs, act in zip(observations, actions, strict=True)
+            ]
+        shape = buffer.values.shape
+        buffer.values[:] = th.cat([result[0].flatten() for result in results]).view(shape).cpu().numpy()
+        buffer.log_probs[:] = th.cat([result[1] for result in results]).view(shape).cpu().numpy()
+
+    # --- value-target normalisation -----------------------------------------------------------------------------------
+
+    def _denormalized(self, values: th.Tensor) -> th.Tensor:
+        """The critic's output in units of the (scaled) reward."""
+        if not self.normalize_value_targets:
+            return values
+        return (values * self.value_normalizer.std() + self.value_normalizer.mean).to(values.dtype)
+
+    def _normalized(self, values: th.Tensor) -> th.Tensor:
+        """Returns and old values in units of the critic's output: the inverse of :meth:`_denormalized`."""
+        if not self.normalize_value_targets:
+            return values
+        return ((values - self.value_normalizer.mean) / self.value_normalizer.std()).to(values.dtype)
+
+    def _update_value_normalizer(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
+        """
+        Merge the rollout's targets, and rescale the critic's last layer so that its denormalised output stays what it
+        was (Pop-Art, van Hasselt et al. 2016, section 2.2)::
+
+            w' = w σ/σ',  b' = (σ b + μ − μ') / σ'
+        """
+        if not hp.normalize_value_targets:
+            return
+        stats = self.value_normalizer
+        mean, std = stats.mean.clone(), stats.std()
+        stats.merge(buffer.tensor("returns").flatten())
+        layer = value_layer(self.policy)
+        with th.no_grad():
+            layer.weight.copy_(layer.weight * (std / stats.std()))
+            layer.bias.copy_((std * layer.bias + mean - stats.mean) / stats.std())
+
+
+def value_layer(policy: nn.Module) -> nn.Linear:
+    """
+    The linear layer that the critic ends with.
+
+    :raises ValueError: if the policy has no ``value_net`` of that kind
+    """
+    layer = getattr(policy, "value_net", None)
+    if not isinstance(layer, nn.Linear) or layer.bias is None:
+        raise HyperparameterError(
+            "`normalize_value_targets`=True needs a policy whose critic ends in a linear layer with bias called "
+            f"`value_net` (as SB3's do), but {type(policy).__name__} has {layer!r} there"
+        )
+    return layer
+
+
+def _split(observations: PyTorchObs, chunk: int) -> list[PyTorchObs]:
+    """Cut a batch of observations into pieces of at most ``chunk`` samples."""
+    if not isinstance(observations, dict):
+        return list(observations.split(chunk))
+    pieces = {key: tensor.split(chunk) for key, tensor in observations.items()}
+    n_pieces = len(next(iter(pieces.values())))
+    return [{key: piece[i] for key, piece in pieces.items()} for i in range(n_pieces)]

@@ -1,0 +1,245 @@
+"""One training run from settings to a complete run folder: what `sb3-pgplus train` does, as a function."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_pgplus.configs import ConfigError, RunSettings, algorithm_class, resolve_objects
+from sb3_pgplus.environments import make_environments, policy_for
+from sb3_pgplus.playing import Evaluation, evaluate
+from sb3_pgplus.reporting.learning_curve import Episodes, plot_learning_curve
+from sb3_pgplus.reporting.progress_bar import EpisodeRecorder, TrainingProgress
+from sb3_pgplus.run_folder import RunFolder, check_unused, create_run_folder, package_versions
+
+
+class TrainingFailed(RuntimeError):
+    """Training began and raised; the run folder's ``error.txt`` holds the traceback."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a training run leaves in memory; the rest is in its folder."""
+
+    model: OnPolicyAlgorithm
+    folder: RunFolder
+    episodes: Episodes
+    seconds: float
+    interrupted: bool
+    evaluation: Evaluation | None
+    """Missing after an interruption, and where none was asked for."""
+
+
+def train(
+    settings: RunSettings,
+    *,
+    out: Path | None = None,
+    device: str = "auto",
+    verbose: int = 0,
+    progress: bool = False,
+    eval_episodes: int = 10,
+    console: Console | None = None,
+) -> FinishedRun:
+    """
+    Train one model and leave a complete run folder: config, progress, episodes, model, learning curve, evaluation.
+
+    :param settings: from :func:`sb3_pgplus.configs.resolve_settings`
+    :param out: run folder, by default the next free one under ``runs/``
+    :param device: as SB3's
+    :param verbose: as SB3's; from 1 on its tables are printed as well
+    :param progress: draw a progress bar
+    :param eval_episodes: length of the evaluation at the end, 0 for none
+    :param console: where to report to, by default nowhere
+    :raises ConfigError: if the settings are impossible, before anything is written
+    :raises TrainingFailed: if training itself raises; then no model is left, and ``error.txt`` says why
+    """
+    console = console or Console(quiet=True)
+    if out is not None:
+        check_unused(out)
+    env = make_environments(settings.environment, n_envs=settings.n_envs, seed=settings.seed)
+    try:
+        model = build_model(settings, env, device=device, verbose=verbose)
+        folder = create_run_folder(out, algo=settings.algo, env=settings.environment.env, seed=settings.seed)
+        folder.write_config(run_config(settings, model))
+        console.print(start_panel(settings, model, folder))
+        start = time.perf_counter()
+        episodes, interrupted = _learn(model, settings, folder, console if progress else None)
+        seconds = time.perf_counter() - start
+    finally:
+        env.close()
+    folder.save_model(model)
+    _draw(folder, settings, model, episodes, console)
+    evaluation = None
+    if eval_episodes and not interrupted:
+        evaluation = evaluate(model, settings.environment, n_episodes=eval_episodes)
+        folder.evaluation.write_text(yaml.safe_dump(evaluation.summary(), sort_keys=False), encoding="utf-8")
+    return FinishedRun(model, folder, episodes, seconds, interrupted, evaluation)
+
+
+def build_model(settings: RunSettings, env: VecEnv, *, device: str = "auto", verbose: int = 0) -> OnPolicyAlgorithm:
+    """
+    Construct the algorithm; it is the constructor that judges the hyperparameters.
+
+    :param settings: the run's settings
+    :param env: the environments to train in
+    :param device: as SB3's
+    :param verbose: as SB3's
+    :raises ConfigError: if the constructor refuses something
+    """
+    algorithm = algorithm_class(settings.algo)
+    policy = settings.policy or policy_for(env.observation_space)
+    try:
+        return algorithm(
+            policy,
+            env,
+            seed=settings.seed,
+            device=device,
+            verbose=verbose,
+            **resolve_objects(settings.hyperparameters),
+        )
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"{algorithm.__name__}: {error} (settings from {settings.source})") from error
+
+
+def run_config(settings: RunSettings, model: OnPolicyAlgorithm) -> dict[str, Any]:
+    """
+    Collect ``config.yml``: flat, every hyperparameter with its resolved value, readable again as ``--config``.
+
+    :param settings: the run's settings
+    :param model: as constructed from them
+    """
+    return {
+        "algo": settings.algo,
+        **settings.environment.settings(),
+        "seed": settings.seed,
+        "n_envs": settings.n_envs,
+        "n_timesteps": settings.n_timesteps,
+        "policy": settings.policy or policy_for(model.observation_space),
+        **settings.hyperparameters,
+        **hyperparameters(model),
+        "made_with": package_versions() | {"device": str(model.device)},
+    }
+
+
+def hyperparameters(model: OnPolicyAlgorithm) -> dict[str, Any]:
+    """
+    Return all hyperparameters as plain values.
+
+    :param model: one of this package's algorithms
+    """
+    values: dict[str, Any] = model.hyperparameters()  # type: ignore[attr-defined]
+    return values
+
+
+def changed_settings(settings: RunSettings, model: OnPolicyAlgorithm) -> dict[str, tuple[Any, Any]]:
+    """
+    Compare the run's hyperparameters with the constructor's defaults.
+
+    :param settings: the run's settings
+    :param model: as constructed from them
+    :return: name → (value, default) of what differs; SB3's own arguments have ``None`` for their default
+    """
+    fields = dataclasses.fields(type(model).hparams_class)  # type: ignore[attr-defined]
+    defaults = {item.name: item.default for item in fields}
+    values = settings.hyperparameters | hyperparameters(model)
+    return {name: (value, defaults.get(name)) for name, value in values.items() if value != defaults.get(name)}
+
+
+def start_panel(settings: RunSettings, model: OnPolicyAlgorithm, folder: RunFolder) -> Panel:
+    """
+    Describe the run before it begins.
+
+    :param settings: the run's settings
+    :param model: as constructed from them
+    :param folder: where the results go
+    """
+    changed = changed_settings(settings, model)
+    rows = {
+        "steps": f"{settings.n_timesteps:,} in {settings.n_envs} environments, seed {settings.seed}, on {model.device}",
+        "settings": settings.source,
+        "changed": ", ".join(f"{name}={value} [dim]({default})[/]" for name, (value, default) in _escaped(changed).items())
+        or "nothing: all hyperparameters are the defaults",
+        "folder": escape(str(folder.path)),
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}", text)
+    title = f"[bold]{type(model).__name__}[/] on [bold]{escape(settings.environment.env)}"
+    return Panel(table, title=title, title_align="left", border_style="blue", expand=False)
+
+
+def _escaped(changed: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[str, str]]:
+    return {name: (escape(str(value)), escape(str(default))) for name, (value, default) in changed.items()}
+
+
+# --- while it trains --------------------------------------------------------------------------------------------------
+
+
+class _StandardOutput:
+    """Looks ``sys.stdout`` up at each write: the progress bar replaces it so that tables appear above the bar."""
+
+    def write(self, text: str) -> int:
+        return sys.stdout.write(text)
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+def _learn(
+    model: OnPolicyAlgorithm, settings: RunSettings, folder: RunFolder, console: Console | None
+) -> tuple[Episodes, bool]:
+    """Train; an interruption ends it in good order, anything else is written down and leaves no model."""
+    recorder = EpisodeRecorder(folder.episodes)
+    bar = TrainingProgress(console, settings.n_timesteps) if console else None
+    logger = _logger(model, folder)
+    model.set_logger(logger)
+    interrupted = False
+    try:
+        model.learn(settings.n_timesteps, callback=[recorder, bar] if bar else [recorder])
+    except KeyboardInterrupt:
+        interrupted = True
+    except Exception as error:
+        folder.error.write_text(traceback.format_exc(), encoding="utf-8")
+        raise TrainingFailed(f"{type(error).__name__}: {error} (traceback in {folder.error})") from error
+    finally:
+        recorder.close()
+        if bar:
+            bar.close()
+        logger.close()
+    return recorder.episodes, interrupted
+
+
+def _logger(model: OnPolicyAlgorithm, folder: RunFolder) -> Logger:
+    formats: list[KVWriter] = [CSVOutputFormat(str(folder.progress))]
+    if model.verbose >= 1:
+        formats.append(HumanOutputFormat(_StandardOutput()))  # type: ignore[arg-type]
+    if model.tensorboard_log is not None:
+        formats.append(TensorBoardOutputFormat(str(Path(model.tensorboard_log) / folder.path.name)))
+    return Logger(str(folder.path), formats)
+
+
+def _draw(
+    folder: RunFolder, settings: RunSettings, model: OnPolicyAlgorithm, episodes: Episodes, console: Console
+) -> None:
+    """Draw the learning curve; a missing plotting package costs the picture, not the run."""
+    title = f"{type(model).__name__} on {settings.environment.env}"
+    subtitle = f"seed {settings.seed}, {settings.n_envs} environments, {model.num_timesteps:,} steps"
+    try:
+        plot_learning_curve(episodes, folder.learning_curve, title=title, subtitle=subtitle)
+    except (ImportError, ValueError) as error:
+        console.print(f"[yellow]No {folder.learning_curve.name}: {escape(str(error))}")
