@@ -134,7 +134,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         assert self._storage is not None
         return self._storage[name]
 
-    def add(  # type: ignore[override]  # one signature for array and Dict observations
+    def add(
         self,
         obs: Any,
         action: np.ndarray[Any, Any],
@@ -277,17 +277,21 @@ class TorchRolloutBuffer(RolloutBuffer):
         array = array.astype(_STORAGE_DTYPES.get(array.dtype, array.dtype), copy=not array.flags.writeable)
         tensor = th.from_numpy(np.ascontiguousarray(array))
         if tensor.dtype != storage.dtype and not th.can_cast(tensor.dtype, storage.dtype):
-            raise TypeError(f"observations came as {storage.dtype} at first and now as {tensor.dtype}, which would be cut")
+            raise TypeError(
+                f"observations came as {storage.dtype} at first and now as {tensor.dtype}, which would be cut"
+            )
         storage[self.pos].copy_(tensor.reshape(storage.shape[1:]))
 
 
-class TorchDictRolloutBuffer(TorchRolloutBuffer, DictRolloutBuffer):
+class TorchDictRolloutBuffer(TorchRolloutBuffer, DictRolloutBuffer):  # type: ignore[misc]  # `get` yields our samples
     """:class:`TorchRolloutBuffer` for Dict observations: ``observations`` is a dict of arrays ``[T, N, ...]``."""
 
-    obs_shape: dict[str, tuple[int, ...]]  # type: ignore[assignment]  # as SB3 declares it
+    obs_shape: dict[str, tuple[int, ...]]
 
     def _zero_observations(self) -> Any:
-        return {k: np.zeros((self.n_envs, *s), dtype=self.observation_space[k].dtype) for k, s in self.obs_shape.items()}
+        return {
+            k: np.zeros((self.n_envs, *s), dtype=self.observation_space[k].dtype) for k, s in self.obs_shape.items()
+        }
 
     def _allocate_observations(self, obs: Mapping[str, Any]) -> Any:
         return {key: self._zeros_like(obs[key], shape) for key, shape in self.obs_shape.items()}
@@ -312,8 +316,15 @@ def cat_observations(observations: list[Any]) -> Any:
 
 
 def _slice(samples: RolloutSamples, start: int, stop: int) -> RolloutSamples:
+    def cut(tensor: th.Tensor) -> th.Tensor:
+        return tensor[start:stop]
+
     return RolloutSamples(
-        map_observations(samples.observations, lambda tensor: tensor[start:stop]),
-        *(tensor[start:stop] for tensor in samples[1:6]),
-        old_distribution=tuple(tensor[start:stop] for tensor in samples.old_distribution),
+        observations=map_observations(samples.observations, cut),
+        actions=cut(samples.actions),
+        old_values=cut(samples.old_values),
+        old_log_prob=cut(samples.old_log_prob),
+        advantages=cut(samples.advantages),
+        returns=cut(samples.returns),
+        old_distribution=tuple(map(cut, samples.old_distribution)),
     )

@@ -205,7 +205,9 @@ def select_block(content: Mapping[str, Any], env: str, origin: str) -> tuple[dic
                 raise ConfigError(f"{origin}: the block {name} must hold names and values, got {content[name]!r}")
             return dict(content[name] or {}), f"{origin}, block {name}"
     # A flat file may hold nothing but mappings too, for example only `policy_kwargs`.
-    if not all(isinstance(value, dict) for value in content.values()) or any(name.endswith("_kwargs") for name in content):
+    if not all(isinstance(value, dict) for value in content.values()) or any(
+        name.endswith("_kwargs") for name in content
+    ):
         return dict(content), origin
     raise ConfigError(f"{origin} has no block for {env} and no default; it has: {', '.join(content)}")
 
@@ -411,6 +413,12 @@ def whole_number(name: str, value: Any, minimum: int = 1) -> int:
     :raises ConfigError: for anything but a whole number from ``minimum`` up
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or value != value or value in (float("inf"), float("-inf")) or value != int(value) or value < minimum:
+    if (
+        not is_number
+        or value != value
+        or value in (float("inf"), float("-inf"))
+        or value != int(value)
+        or value < minimum
+    ):
         raise ConfigError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
     return int(value)

@@ -42,7 +42,11 @@ def signature_of(hparams_class: type[PolicyGradientHparams], positional: tuple[s
 
 
 def bind(
-    class_name: str, positional: tuple[str, ...], defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    class_name: str,
+    positional: tuple[str, ...],
+    defaults: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """
     Constructor arguments by name, defaults filled in.

@@ -55,7 +55,9 @@ def make_environments(
     try:
         env = make_vec_env(spec.env, n_envs, seed, env_kwargs=env_kwargs, wrapper_class=wrap if wrappers else None)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        raise ConfigError(f"{spec.env} needs a package that is not installed: {_first_line(error)}; {installation_advice(spec.env)}") from error
+        raise ConfigError(
+            f"{spec.env} needs a package that is not installed: {_first_line(error)}; {installation_advice(spec.env)}"
+        ) from error
     except (gym.error.Error, TypeError, ValueError) as error:
         raise ConfigError(f"cannot make {spec.env}: {_first_line(error)}") from error
     return VecFrameStack(env, spec.frame_stack) if spec.frame_stack else env
@@ -96,7 +98,9 @@ def configured_wrappers(env_wrapper: Any) -> list[Wrapper]:
     for entry in entries:
         named = {entry: {}} if isinstance(entry, str) else entry
         if not isinstance(named, dict) or len(named) != 1:
-            raise ConfigError(f"env_wrapper: expected package.module.Class or {{package.module.Class: {{…}}}}, got {entry!r}")
+            raise ConfigError(
+                f"env_wrapper: expected package.module.Class or {{package.module.Class: {{…}}}}, got {entry!r}"
+            )
         [(name, arguments)] = named.items()
         arguments = parse_python_value(arguments) if isinstance(arguments, str) else arguments or {}
         wrappers.append(_bind(import_object(name), arguments))

@@ -10,7 +10,6 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from functools import cache
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -256,14 +255,16 @@ class PPOHparams(ActorCriticHparams):
     )
     desired_kl: float | None = _number(
         None,
-        "KL that the learning rate adapts to after each epoch: divided by 1.5 above 2·desired_kl, multiplied below half.",
+        "KL that the learning rate adapts to after each epoch: divided by 1.5 above twice this, multiplied below half.",
         minimum=0,
         exclusive_minimum=True,
         optional=True,
     )
     recompute_advantages: bool = _switch(False, "Recompute values and advantages before every epoch but the first.")
     n_critic_epochs: int | None = _integer(
-        None, "Passes for the critic; None: `n_epochs`. Further ones train only its own parameters.", minimum=0,
+        None,
+        "Passes for the critic; None: `n_epochs`. Further ones train only its own parameters.",
+        minimum=0,
         optional=True,
     )
 
@@ -279,7 +280,6 @@ class PPOHparams(ActorCriticHparams):
             )
 
 
-@cache
 def _specs(cls: type[PolicyGradientHparams]) -> dict[str, Spec]:
     return {f.name: _spec_of(f) for f in fields(cls)}
 

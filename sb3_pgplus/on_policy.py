@@ -4,53 +4,44 @@ The algorithms only add their update.
 """
 
 import inspect
-import io
-import pathlib
+import math
 import time
 import warnings
-from collections.abc import Iterable
+from numbers import Real
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BasePolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_pgplus.buffers import RolloutEnd, TorchDictRolloutBuffer, TorchRolloutBuffer
-from sb3_pgplus.construction import PLUMBING, bind, locate_class, reject_unknown, signature_of
-from sb3_pgplus.errors import HyperparameterError
-from sb3_pgplus.files import write_atomically
+from sb3_pgplus.buffers import RolloutEnd
+from sb3_pgplus.building import ModelBuilding
+from sb3_pgplus.construction import PLUMBING, bind, signature_of
 from sb3_pgplus.guards import check_finite_step, without_distribution_checks
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
-from sb3_pgplus.policies import (
-    ACTIVATION_CLASSES,
-    RunningMoments,
-    critic_only_parameters,
-    is_normalizable,
-    normalized_policy_class,
-)
-from sb3_pgplus.rollouts import RolloutProcessing, value_layer
+from sb3_pgplus.persistence import Persistence
+from sb3_pgplus.policies import RunningMoments
+from sb3_pgplus.rollouts import RolloutProcessing
 from sb3_pgplus.schedules import as_schedule, describe_schedule, is_constant
 from sb3_pgplus.updates import GradientUpdates
 
 H = TypeVar("H", bound=PolicyGradientHparams)
 
-#: What `load` accepts besides constructor arguments: SB3's own attributes that scripts replace there.
-_LOADABLE = ("lr_schedule", "n_envs", "num_timesteps", "policy_class", "observation_space", "action_space", "start_time")
 
-#: Hyperparameters that shape the networks or what is saved with them.
-_FIXED_AT_CONSTRUCTION = ("normalize_observations", "normalize_rewards", "normalize_value_targets", "activation_fn")
-
-
-class PolicyGradientPlus(RolloutProcessing, GradientUpdates, OnPolicyAlgorithm, Generic[H]):
+class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Persistence, OnPolicyAlgorithm, Generic[H]):
     """
     Base of A2CPlus, PPOPlus and TRPOPlus. See :class:`sb3_pgplus.PPOPlus` for what a user sees.
 
@@ -70,9 +61,8 @@ class PolicyGradientPlus(RolloutProcessing, GradientUpdates, OnPolicyAlgorithm, 
         "MultiInputPolicy": MultiInputActorCriticPolicy,
     }
     hparams_class: type[H]
+    schedule_timesteps: int | None
     positional: ClassVar[tuple[str, ...]]
-    #: Hyperparameters that only our own buffer can serve.
-    needs_torch_buffer: ClassVar[tuple[str, ...]] = ("normalize_value_targets",)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -118,13 +108,14 @@ class PolicyGradientPlus(RolloutProcessing, GradientUpdates, OnPolicyAlgorithm, 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
-        self.hyperparameters_at(1.0)  # validates, also what `load` put in place
+        hp = self.hyperparameters_at(1.0)  # validates, also what `load` put in place
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        self._decide_normalization()
-        self._check_batch()
-        self.rollout_buffer = self._make_rollout_buffer()
-        self.policy = self._make_policy()
+        self._decide_normalization(hp)
+        if self.env is not None:
+            self._check_batch(hp, self.env.num_envs)
+        self.rollout_buffer = self._make_rollout_buffer(hp)
+        self.policy = self._make_policy(hp)
         self.reward_normalizer = RunningMoments().to(self.device)
         self.value_normalizer = RunningMoments().to(self.device)
         self._rollout_end = RolloutEnd()
@@ -134,111 +125,8 @@ class PolicyGradientPlus(RolloutProcessing, GradientUpdates, OnPolicyAlgorithm, 
         self.lr_schedule = as_schedule("learning_rate", self.learning_rate)
         self._lr_schedule_source = self.learning_rate
 
-    def _check_batch(self) -> None:
+    def _check_batch(self, hp: H, n_envs: int) -> None:
         """Checks that need the number of environments; algorithms with minibatches add theirs."""
-
-    def _decide_normalization(self) -> None:
-        """Resolve ``"auto"`` once; a loaded model keeps what it was trained with."""
-        wrapper = unwrap_vec_normalize(self.env) if self.env is not None else None
-        outside = {
-            "observations": wrapper is not None and wrapper.norm_obs,
-            "rewards": wrapper is not None and wrapper.norm_reward,
-        }
-        for what, is_outside in outside.items():
-            decided = getattr(self, f"_normalizes_{what}")
-            if is_outside and (decided or getattr(self, f"normalize_{what}") is True):
-                raise ValueError(
-                    f"the model normalises {what} (`normalize_{what}`={getattr(self, f'normalize_{what}')!r}) and so does "
-                    "the environment's VecNormalize: switch one of them off"
-                )
-            if decided is None:
-                setattr(self, f"_normalizes_{what}", self._decide(what, is_outside))
-
-    def _decide(self, what: str, is_outside: bool) -> bool:
-        setting = getattr(self, f"normalize_{what}")
-        if setting == "auto" and is_outside:
-            warnings.warn(f"VecNormalize normalises the {what} already, so the model leaves them to it.", stacklevel=2)
-            return False
-        if what == "observations" and not is_normalizable(self.observation_space, floats_only=setting == "auto"):
-            if setting is True:
-                raise ValueError(
-                    f"`normalize_observations`=True, but there is nothing to normalise in {self.observation_space}"
-                )
-            return False
-        return bool(setting)
-
-    def _make_rollout_buffer(self) -> RolloutBuffer:
-        if isinstance(self.rollout_buffer_class, str):  # RL Zoo's YAML can only name a class
-            self.rollout_buffer_class = locate_class(self.rollout_buffer_class)
-        is_dict = isinstance(self.observation_space, spaces.Dict)
-        buffer_class = self.rollout_buffer_class or (TorchDictRolloutBuffer if is_dict else TorchRolloutBuffer)
-        buffer = buffer_class(
-            self.n_steps,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
-            n_envs=self.n_envs,
-            **self.rollout_buffer_kwargs,
-        )
-        if not isinstance(buffer, TorchRolloutBuffer):
-            self._check_foreign_buffer(buffer)
-        return buffer
-
-    def _check_foreign_buffer(self, buffer: RolloutBuffer) -> None:
-        wanted = [name for name in self.needs_torch_buffer if getattr(self, name) not in (None, False)]
-        if self.__dict__["advantage_estimator"] != "gae":
-            wanted.append("advantage_estimator")
-        if wanted:
-            raise HyperparameterError(
-                f"`{wanted[0]}`={getattr(self, wanted[0])!r} needs sb3_pgplus.TorchRolloutBuffer, "
-                f"but `rollout_buffer_class` is {type(buffer).__name__}"
-            )
-
-    def _make_policy(self) -> ActorCriticPolicy:
-        policy_class = cast(type[ActorCriticPolicy], self.policy_class)
-        kwargs = self._policy_arguments()
-        if self._normalizes_observations:
-            policy_class = normalized_policy_class(policy_class)
-            kwargs["clip_observations"] = self.__dict__["clip_observations"]
-            kwargs["normalize_floats_only"] = self.__dict__["normalize_observations"] == "auto"
-        policy = policy_class(
-            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **kwargs
-        ).to(self.device)
-        if self.normalize_value_targets:
-            value_layer(policy)
-        if self.__dict__["critic_learning_rate"] is not None:
-            self._split_optimizer(policy)
-        return policy
-
-    def _policy_arguments(self) -> dict[str, Any]:
-        """``policy_kwargs`` together with the flat hyperparameters that concern the policy."""
-        given = {name: self.__dict__[name] for name in ("ortho_init", "log_std_init", "activation_fn")}
-        flat = {name: ACTIVATION_CLASSES.get(value, value) for name, value in given.items() if value is not None}
-        kwargs = dict(self.policy_kwargs)
-        for name in flat.keys() & kwargs.keys():
-            if flat[name] != kwargs[name]:
-                raise HyperparameterError(
-                    f"`{name}`={given[name]!r} contradicts policy_kwargs[{name!r}]={kwargs[name]!r}: give one of them"
-                )
-        if self.__dict__["adam_eps"] is not None:
-            kwargs["optimizer_kwargs"] = {
-                **(kwargs.get("optimizer_kwargs") or {}),
-                "eps": self.__dict__["adam_eps"],
-            }
-        return {**kwargs, **flat}
-
-    def _split_optimizer(self, policy: ActorCriticPolicy) -> None:
-        """Give the critic's own parameters a group of their own: group 0 is the actor's (and shared ones)."""
-        critic = critic_only_parameters(policy)
-        if not critic:
-            raise HyperparameterError("`critic_learning_rate` is set, but no parameter belongs to the critic alone")
-        critic_ids = {id(parameter) for parameter in critic}
-        actor = [parameter for parameter in policy.parameters() if id(parameter) not in critic_ids]
-        optimizer_class: Any = policy.optimizer_class
-        groups = [{"params": actor}, {"params": critic}]
-        policy.optimizer = optimizer_class(groups, lr=self.lr_schedule(1), **policy.optimizer_kwargs)
 
     # --- hyperparameters ----------------------------------------------------------------------------------------------
 
@@ -257,7 +145,7 @@ class PolicyGradientPlus(RolloutProcessing, GradientUpdates, OnPolicyAlgorithm, 
         return {name: describe_schedule(self.__dict__[name]) for name in self.hparams_class.names()}
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        horizon = self.__dict__["schedule_timesteps"] or total_timesteps
+        horizon = self.schedule_timesteps or total_timesteps
         # SB3 lets the progress fall below 0 when the last rollout overshoots, and rates with it.
         self._current_progress_remaining = max(0.0, 1.0 - float(num_timesteps) / float(horizon))
 
@@ -269,15 +157,14 @@ class PolicyGradientPlus(RolloutProcessing, GradientUpdates, OnPolicyAlgorithm, 
         self.logger.record("train/learning_rate", rate)
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             update_learning_rate(optimizer, rate)
-        critic_learning_rate = self.__dict__["critic_learning_rate"]
-        if critic_learning_rate is not None:
-            critic_rate = as_schedule("critic_learning_rate", critic_learning_rate)(progress)
+        critic_rate = self.hyperparameters_at(progress).critic_learning_rate
+        if critic_rate is not None:
             self.policy.optimizer.param_groups[1]["lr"] = critic_rate
             self.logger.record("train/critic_learning_rate", critic_rate)
 
     # --- learning -----------------------------------------------------------------------------------------------------
 
-    def learn(  # type: ignore[override]  # takes a float, and names the log after the class
+    def learn(
         self,
         total_timesteps: float,
         callback: MaybeCallback = None,
@@ -303,20 +190,20 @@ class PolicyGradientPlus(RolloutProcessing, GradientUpdates, OnPolicyAlgorithm, 
         if not reset_num_timesteps:
             self._warn_about_short_learns()
         name = tb_log_name or type(self).__name__
-        super().learn(steps, callback, log_interval, name, reset_num_timesteps, progress_bar)  # type: ignore[arg-type]
+        super().learn(steps, callback, cast(int, log_interval), name, reset_num_timesteps, progress_bar)
         return self
 
     def _warn_about_short_learns(self) -> None:
         """Schedules over "this learn's total" start again in every further call: rates would jump up and down."""
-        if self._warned_short_learns or self.num_timesteps == 0 or self.__dict__["schedule_timesteps"] is not None:
+        if self._warned_short_learns or self.num_timesteps == 0 or self.schedule_timesteps is not None:
             return
         given = {name: self.__dict__[name] for name in self.hparams_class.scheduled_names()}
         changing = [n for n, value in given.items() if value is not None and not is_constant(as_schedule(n, value))]
         if changing:
             self._warned_short_learns = True
             warnings.warn(
-                f"learn() continues with reset_num_timesteps=False while `{'`, `'.join(changing)}` follow schedules over "
-                "each call's own total, so they jump back up at every call. Set "
+                f"learn() continues with reset_num_timesteps=False while `{'`, `'.join(changing)}` follow schedules "
+                "over each call's own total, so they jump back up at every call. Set "
                 "`schedule_timesteps=<steps of all calls together>` to let them run once over the whole training.",
                 stacklevel=3,
             )
@@ -359,7 +246,7 @@ class PolicyGradientPlus(RolloutProcessing, GradientUpdates, OnPolicyAlgorithm, 
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
             with th.no_grad():
-                obs_tensor = obs_as_tensor(self._last_obs, self.device)
+                obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # SB3 types it None
                 actions, values, log_probs = self.policy(obs_tensor)
             actions = actions.cpu().numpy()
             clipped_actions = self._environment_actions(actions)
@@ -391,7 +278,8 @@ class PolicyGradientPlus(RolloutProcessing, GradientUpdates, OnPolicyAlgorithm, 
             return actions
         if self.policy.squash_output:
             return self.policy.unscale_action(actions)
-        return np.clip(actions, self.action_space.low, self.action_space.high)
+        clipped: np.ndarray[Any, Any] = np.clip(actions, self.action_space.low, self.action_space.high)
+        return clipped
 
     def _policy_actions(self, actions: th.Tensor) -> th.Tensor:
         """What ``evaluate_actions`` takes for what a buffer stores."""
@@ -452,70 +340,15 @@ class PolicyGradientPlus(RolloutProcessing, GradientUpdates, OnPolicyAlgorithm, 
         :param hp: hyperparameters of this update
         """
 
-    # --- save and load ------------------------------------------------------------------------------------------------
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "reward_normalizer", "value_normalizer", "_rollout_end"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        names = ["policy", "policy.optimizer"]
-        if self._normalizes_rewards:
-            names.append("reward_normalizer")
-        if self.normalize_value_targets:
-            names.append("value_normalizer")
-        return names, []
-
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """
-        Save the model, its optimiser and its normalisation statistics in one zip file.
-
-        The file is written beside its place and renamed, so an interrupted save leaves the old one.
-
-        :param path: where to, ``.zip`` is added if the name has no suffix; or a file opened for writing
-        :param exclude: names of attributes to leave out
-        :param include: names of attributes to keep that would be left out
-        """
-        if not isinstance(path, (str, pathlib.Path)) or pathlib.Path(path).is_dir():
-            super().save(path, exclude, include)  # nothing to rename, or SB3's rule for folders
-            return
-        archive = io.BytesIO()
-        super().save(archive, exclude, include)
-        target = pathlib.Path(path)
-        write_atomically(target if target.suffix else target.with_name(f"{target.name}.zip"), archive.getvalue())
-
-    @classmethod
-    def load(
-        cls, path: str | pathlib.Path | io.BufferedIOBase, env: GymEnv | None = None, *args: Any, **kwargs: Any
-    ) -> Self:
-        """
-        Load a model. Arguments are those of SB3's ``load``; hyperparameters may be changed by keyword.
-
-        :param path: file name, with or without ``.zip``, or an open file
-        :param env: environment to continue on; None suffices to predict
-        :raises TypeError: on an unknown keyword
-        :raises ValueError: on a value that is not allowed, or that cannot change after construction
-        """
-        own = inspect.signature(OnPolicyAlgorithm.load).parameters
-        settings = [name for name in kwargs if name not in own]
-        reject_unknown(f"{cls.__name__}.load", settings, [*cls.hparams_class.names(), *PLUMBING, *_LOADABLE])
-        for name in _FIXED_AT_CONSTRUCTION:
-            if name in kwargs:
-                raise ValueError(f"`{name}` is part of the saved model and cannot be changed by load()")
-        return super().load(path, env, *args, **kwargs)
-
 
 #: Hyperparameters that SB3's own constructor asks for (TRPO has no use for the last three).
 _SB3_HPARAMS = ("learning_rate", "n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")
 
 
 def _whole_steps(total_timesteps: Any) -> int:
-    if isinstance(total_timesteps, (bool, str)) or not np.isscalar(total_timesteps):
+    if isinstance(total_timesteps, bool) or not isinstance(total_timesteps, Real):
         raise TypeError(f"`total_timesteps` must be a number, got {total_timesteps!r}")
-    if not 0 <= total_timesteps < float("inf"):
+    steps = float(total_timesteps)
+    if not 0 <= steps < math.inf:
         raise ValueError(f"`total_timesteps` must be finite and >= 0, got {total_timesteps!r}")
-    return int(total_timesteps)
+    return int(steps)

@@ -189,9 +189,12 @@ def _mujoco_can_render(backend: str) -> bool:
     code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
     environment = os.environ | {"MUJOCO_GL": backend}
     try:
-        return subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False
-        ).returncode == 0
+        return (
+            subprocess.run(
+                [sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False
+            ).returncode
+            == 0
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
 
@@ -236,7 +239,9 @@ def _rendering_advice(env: gym.Env[Any, Any], error: Exception) -> str:
     return f"cannot render {name} ({reason}); {installation_advice(name) if spec else 'install what it asks for'}"
 
 
-def watch(run: LoadedRun, *, n_episodes: int = 1, seed: int = EVALUATION_SEED, deterministic: bool = True) -> Evaluation:
+def watch(
+    run: LoadedRun, *, n_episodes: int = 1, seed: int = EVALUATION_SEED, deterministic: bool = True
+) -> Evaluation:
     """
     Show episodes in a window.
 
@@ -297,11 +302,15 @@ class _VideoWriter:
 
     def write(self, frame: Any) -> None:
         if not isinstance(frame, np.ndarray) or frame.ndim != 3:
-            raise ConfigError("the environment renders no RGB frames (its `render_modes` lack rgb_array), so no video can be made")
+            raise ConfigError(
+                "the environment renders no RGB frames (its `render_modes` lack rgb_array), so no video can be made"
+            )
         if self._stream is None:
             height, width = frame.shape[:2]
             # H.264 wants even sizes; ffmpeg rescales an odd one by a pixel.
-            self._stream = self._ffmpeg.write_frames(str(self._path), (width, height), fps=self._fps, macro_block_size=2)
+            self._stream = self._ffmpeg.write_frames(
+                str(self._path), (width, height), fps=self._fps, macro_block_size=2
+            )
             self._stream.send(None)
         self._stream.send(np.ascontiguousarray(frame[..., :3], dtype=np.uint8))
 

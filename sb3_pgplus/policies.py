@@ -99,7 +99,7 @@ class ObservationNormalizer(nn.Module):
     @property
     def is_initial(self) -> bool:
         """Whether no data has been merged yet."""
-        return all(moments.is_initial for moments in self.moments)  # type: ignore[union-attr, misc]  # RunningMoments
+        return all(moments.is_initial for moments in self.moments)
 
     def forward(self, observations: PyTorchObs) -> PyTorchObs:
         """Normalise a batch ``[B, ...]``; float32 comes out."""
@@ -120,7 +120,7 @@ class ObservationNormalizer(nn.Module):
         return list(zip(self.keys or [], self.moments, strict=True))
 
     def _normalize(self, observations: th.Tensor, moments: Any) -> th.Tensor:
-        scaled = (observations - moments.mean) / moments.std()
+        scaled: th.Tensor = (observations - moments.mean) / moments.std()
         return scaled.clamp(-self.clip, self.clip).float()
 
 
@@ -210,7 +210,9 @@ class NormalizesObservations:
 @functools.cache
 def normalized_policy_class(policy_class: type[ActorCriticPolicy]) -> type[ActorCriticPolicy]:
     """The policy class with observation normalisation inside (always the same class for the same argument)."""
-    return type(f"Normalized{policy_class.__name__}", (NormalizesObservations, policy_class), {"policy_class": policy_class})
+    return type(
+        f"Normalized{policy_class.__name__}", (NormalizesObservations, policy_class), {"policy_class": policy_class}
+    )
 
 
 def _new_normalized(policy_class: type[ActorCriticPolicy]) -> ActorCriticPolicy:

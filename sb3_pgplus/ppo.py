@@ -3,6 +3,7 @@ Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.0
 """
 
 import warnings
+from collections.abc import Iterator
 from typing import ClassVar, cast
 
 import torch as th
@@ -58,21 +59,19 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             if getattr(self, name) is not None:
                 setattr(self, name, as_schedule(name, getattr(self, name)))
 
-    def _check_batch(self) -> None:
-        if self.env is None:
-            return
-        samples, batch_size = self.n_steps * self.env.num_envs, self.batch_size
-        if samples < 2 and self.normalize_advantage:
+    def _check_batch(self, hp: PPOHparams, n_envs: int) -> None:
+        samples, batch_size = hp.n_steps * n_envs, hp.batch_size
+        if samples < 2 and hp.normalize_advantage:
             raise HyperparameterError(
                 "`n_steps * n_envs` must be greater than 1 when advantages are normalised. "
-                f"Currently n_steps={self.n_steps} and n_envs={self.env.num_envs}"
+                f"Currently n_steps={hp.n_steps} and n_envs={n_envs}"
             )
         if samples % batch_size:
             warnings.warn(
                 f"You have specified a mini-batch size of {batch_size}, but because the `RolloutBuffer` is of size "
                 f"`n_steps * n_envs = {samples}`, after every {samples // batch_size} untruncated mini-batches, there "
-                f"will be a truncated mini-batch of size {samples % batch_size}\nWe recommend using a `batch_size` that "
-                f"is a factor of `n_steps * n_envs`.\nInfo: (n_steps={self.n_steps} and n_envs={self.env.num_envs})",
+                f"will be a truncated mini-batch of size {samples % batch_size}\nWe recommend using a `batch_size` "
+                f"that is a factor of `n_steps * n_envs`.\nInfo: (n_steps={hp.n_steps} and n_envs={n_envs})",
                 stacklevel=4,
             )
 
@@ -105,7 +104,8 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         :return: False if the KL exceeded 1.5 times ``target_kl``, before that minibatch's step (SB3's meaning)
         """
         parameters = list(self.policy.parameters())
-        for batch in self.rollout_buffer.get(hp.batch_size):
+        # SB3's buffers hand out the same fields but `old_distribution`, which they are not asked for.
+        for batch in cast(Iterator[RolloutSamples], self.rollout_buffer.get(hp.batch_size)):
             loss, diagnostics = self.loss(batch, hp, with_critic)
             metrics.add(diagnostics)
             if hp.target_kl is not None and float(diagnostics["train/approx_kl"]) > 1.5 * hp.target_kl:
@@ -114,7 +114,9 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             metrics.add({"train/grad_norm": norm, "train/grad_norm_max": norm})
         return True
 
-    def loss(self, batch: RolloutSamples, hp: PPOHparams, with_critic: bool = True) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    def loss(
+        self, batch: RolloutSamples, hp: PPOHparams, with_critic: bool = True
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         The minibatch's loss ``L_policy + c_ent L_entropy + c_vf L_value (+ β KL)`` (PPO paper, equation 9).
 
@@ -125,7 +127,9 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         :param with_critic: include the critic's part
         :return: the loss, and scalars to log under their keys
         """
-        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, self._policy_actions(batch.actions))
+        values, log_prob, entropy = self.policy.evaluate_actions(
+            batch.observations, self._policy_actions(batch.actions)
+        )
         advantages = normalize(batch.advantages) if hp.normalize_advantage else batch.advantages
         log_ratio = log_prob - batch.old_log_prob
         ratio = th.exp(log_ratio)
@@ -195,7 +199,7 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             self._kl_coef_scale *= 2
 
     def _adapt_learning_rate(self, kl: float, desired: float) -> None:
-        """Divide the rate by 1.5 above 2·desired, multiply it below desired/2; at most 100 times down or 10 times up."""
+        """Divide the rate by 1.5 above 2·desired, multiply it below desired/2; 1/100 to 10 times the schedule."""
         before = self._kl_lr_scale
         if kl > 2 * desired:
             self._kl_lr_scale = max(before / 1.5, 0.01)

@@ -78,7 +78,7 @@ class RolloutProcessing(_Base):
 
     def _finish_rollout(self, buffer: RolloutBuffer, hp: PolicyGradientHparams) -> None:
         """Everything between the last step of a rollout and ``on_rollout_end``."""
-        self._rollout_end.last_observations = obs_as_tensor(self._last_obs, self.device)
+        self._rollout_end.last_observations = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # set by now
         self._rollout_end.last_dones = self._last_episode_starts
         # Rollout 1 was collected on raw observations. It is merged first and evaluated again, so that its update sees
         # normalised ones; later rollouts are merged after their update (`_merge_observations`), so that statistics

@@ -16,7 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
-from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import (
+    CSVOutputFormat,
+    HumanOutputFormat,
+    KVWriter,
+    Logger,
+    TensorBoardOutputFormat,
+)
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -172,7 +178,9 @@ def start_panel(settings: RunSettings, model: OnPolicyAlgorithm, folder: RunFold
     rows = {
         "steps": f"{settings.n_timesteps:,} in {settings.n_envs} environments, seed {settings.seed}, on {model.device}",
         "settings": settings.source,
-        "changed": ", ".join(f"{name}={value} [dim]({default})[/]" for name, (value, default) in _escaped(changed).items())
+        "changed": ", ".join(
+            f"{name}={value} [dim]({default})[/]" for name, (value, default) in _escaped(changed).items()
+        )
         or "nothing: all hyperparameters are the defaults",
         "folder": escape(str(folder.path)),
     }

@@ -45,7 +45,7 @@ class GradientUpdates(_Base):
         """
         optimizer = self.policy.optimizer
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         drop_other_gradients(optimizer, parameters)
         if max_grad_norm is None:
             norm = th.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -65,8 +65,8 @@ class GradientUpdates(_Base):
         if self._nonfinite_in_a_row >= self.max_nonfinite_updates:
             cause = likely_cause(batch.advantages, batch.returns, loss, self.policy)
             raise NonFiniteUpdateError(
-                f"{self._nonfinite_in_a_row} updates in a row had a NaN or infinite loss or gradient (each was skipped, "
-                f"the parameters are those before them). Likely cause: {cause}."
+                f"{self._nonfinite_in_a_row} updates in a row had a NaN or infinite loss or gradient (they were "
+                f"skipped: the parameters are those before them). Likely cause: {cause}."
             )
 
     def _fit_critic(

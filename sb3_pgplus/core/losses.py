@@ -1,5 +1,5 @@
 """
-Losses as functions of tensors and numbers; each returns a scalar to *minimise*. Below them diagnostics without gradient.
+Losses as functions of tensors and numbers; each returns a scalar to *minimise*. Then diagnostics without gradient.
 
 All inputs are ``[B]`` (a minibatch of B samples); shapes must agree, nothing is broadcast.
 
@@ -56,9 +56,7 @@ def kl_penalty(kl: th.Tensor, *, kl_coef: float) -> th.Tensor:
     return kl_coef * kl.mean()
 
 
-def kl_penalized_surrogate(
-    ratio: th.Tensor, advantages: th.Tensor, kl: th.Tensor, *, kl_coef: float
-) -> th.Tensor:
+def kl_penalized_surrogate(ratio: th.Tensor, advantages: th.Tensor, kl: th.Tensor, *, kl_coef: float) -> th.Tensor:
     """
     KL-penalised surrogate ``−E[ρΨ] + β E[KL(π_old‖π_θ)]`` (PPO paper, equation 8).
 

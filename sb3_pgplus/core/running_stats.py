@@ -4,12 +4,13 @@ Running mean and variance, merged batch by batch.
 Reference: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979).
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch as th
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Mean and population variance of ``count`` samples; ``mean`` and ``var`` have the shape of one sample."""
 
     mean: th.Tensor

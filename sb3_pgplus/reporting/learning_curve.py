@@ -134,9 +134,18 @@ def _draw_episodes(axes: Axes, episodes: Episodes) -> None:
     mean, std = smooth(returns, window)
     shown = np.unique(np.linspace(0, len(episodes) - 1, min(len(episodes), MAX_DOTS)).astype(int))
     axes.plot(
-        steps[shown], returns[shown], ".", color="#8a8f98", markersize=2.5, alpha=0.45, markeredgewidth=0, label="one episode"
+        steps[shown],
+        returns[shown],
+        ".",
+        color="#8a8f98",
+        markersize=2.5,
+        alpha=0.45,
+        markeredgewidth=0,
+        label="one episode",
     )
-    axes.fill_between(steps, mean - std, mean + std, color="#1f6fb2", alpha=0.18, linewidth=0, label="± 1 standard deviation")
+    axes.fill_between(
+        steps, mean - std, mean + std, color="#1f6fb2", alpha=0.18, linewidth=0, label="± 1 standard deviation"
+    )
     axes.plot(steps, mean, color="#1f6fb2", linewidth=2.0, label=f"mean of the last {window} episodes")
 
 

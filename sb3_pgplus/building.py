@@ -1,0 +1,133 @@
+"""The part of the base class that makes buffer and policy from the hyperparameters."""
+
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import unwrap_vec_normalize
+
+from sb3_pgplus.buffers import TorchDictRolloutBuffer, TorchRolloutBuffer
+from sb3_pgplus.construction import locate_class
+from sb3_pgplus.errors import HyperparameterError
+from sb3_pgplus.hparams import PolicyGradientHparams
+from sb3_pgplus.policies import (
+    ACTIVATION_CLASSES,
+    critic_only_parameters,
+    is_normalizable,
+    normalized_policy_class,
+)
+from sb3_pgplus.rollouts import value_layer
+
+if TYPE_CHECKING:  # a mix-in of one class: let the type checker see what it is mixed into
+    from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm as _Base
+else:
+    _Base = object
+
+
+class ModelBuilding(_Base):
+    """Normalisation settings, rollout buffer, policy and optimiser."""
+
+    #: Hyperparameters that only our own buffer can serve.
+    needs_torch_buffer: ClassVar[tuple[str, ...]] = ("normalize_value_targets",)
+    _normalizes_observations: bool | None
+
+    def _decide_normalization(self, hp: PolicyGradientHparams) -> None:
+        """Resolve ``"auto"`` once; a loaded model keeps what it was trained with."""
+        wrapper = unwrap_vec_normalize(self.env) if self.env is not None else None
+        outside = {
+            "observations": wrapper is not None and wrapper.norm_obs,
+            "rewards": wrapper is not None and wrapper.norm_reward,
+        }
+        for what, is_outside in outside.items():
+            decided, setting = getattr(self, f"_normalizes_{what}"), getattr(hp, f"normalize_{what}")
+            if is_outside and (decided or setting is True):
+                raise ValueError(
+                    f"the model normalises {what} (`normalize_{what}`={setting!r}) and so does the environment's "
+                    "VecNormalize: switch one of them off"
+                )
+            if decided is None:
+                setattr(self, f"_normalizes_{what}", self._decide(what, setting, is_outside))
+
+    def _decide(self, what: str, setting: bool | str, is_outside: bool) -> bool:
+        if setting == "auto" and is_outside:
+            warnings.warn(f"VecNormalize normalises the {what} already, so the model leaves them to it.", stacklevel=2)
+            return False
+        if what == "observations" and not is_normalizable(self.observation_space, floats_only=setting == "auto"):
+            if setting is True:
+                raise ValueError(
+                    f"`normalize_observations`=True, but there is nothing to normalise in {self.observation_space}"
+                )
+            return False
+        return bool(setting)
+
+    def _make_rollout_buffer(self, hp: PolicyGradientHparams) -> RolloutBuffer:
+        if isinstance(self.rollout_buffer_class, str):  # RL Zoo's YAML can only name a class
+            self.rollout_buffer_class = locate_class(self.rollout_buffer_class)
+        is_dict = isinstance(self.observation_space, spaces.Dict)
+        buffer_class = self.rollout_buffer_class or (TorchDictRolloutBuffer if is_dict else TorchRolloutBuffer)
+        buffer = buffer_class(
+            self.n_steps,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            n_envs=self.n_envs,
+            **self.rollout_buffer_kwargs,
+        )
+        if not isinstance(buffer, TorchRolloutBuffer):
+            self._check_foreign_buffer(hp, buffer)
+        return buffer
+
+    def _check_foreign_buffer(self, hp: PolicyGradientHparams, buffer: RolloutBuffer) -> None:
+        wanted = [name for name in self.needs_torch_buffer if getattr(hp, name) not in (None, False)]
+        if hp.advantage_estimator != "gae":
+            wanted.append("advantage_estimator")
+        if wanted:
+            raise HyperparameterError(
+                f"`{wanted[0]}`={getattr(hp, wanted[0])!r} needs sb3_pgplus.TorchRolloutBuffer, "
+                f"but `rollout_buffer_class` is {type(buffer).__name__}"
+            )
+
+    def _make_policy(self, hp: PolicyGradientHparams) -> ActorCriticPolicy:
+        policy_class = cast(type[ActorCriticPolicy], self.policy_class)
+        kwargs = self._policy_arguments(hp)
+        if self._normalizes_observations:
+            policy_class = normalized_policy_class(policy_class)
+            kwargs["clip_observations"] = hp.clip_observations
+            kwargs["normalize_floats_only"] = hp.normalize_observations == "auto"
+        policy = policy_class(
+            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **kwargs
+        ).to(self.device)
+        if hp.normalize_value_targets:
+            value_layer(policy)
+        if hp.critic_learning_rate is not None:
+            self._split_optimizer(policy)
+        return policy
+
+    def _policy_arguments(self, hp: PolicyGradientHparams) -> dict[str, Any]:
+        """``policy_kwargs`` together with the flat hyperparameters that concern the policy."""
+        given = {name: getattr(hp, name) for name in ("ortho_init", "log_std_init", "activation_fn")}
+        flat = {name: ACTIVATION_CLASSES.get(value, value) for name, value in given.items() if value is not None}
+        kwargs = dict(self.policy_kwargs)
+        for name in flat.keys() & kwargs.keys():
+            if flat[name] != kwargs[name]:
+                raise HyperparameterError(
+                    f"`{name}`={given[name]!r} contradicts policy_kwargs[{name!r}]={kwargs[name]!r}: give one of them"
+                )
+        if hp.adam_eps is not None:
+            kwargs["optimizer_kwargs"] = {**(kwargs.get("optimizer_kwargs") or {}), "eps": hp.adam_eps}
+        return {**kwargs, **flat}
+
+    def _split_optimizer(self, policy: ActorCriticPolicy) -> None:
+        """Give the critic's own parameters a group of their own: group 0 is the actor's (and shared ones)."""
+        critic = critic_only_parameters(policy)
+        if not critic:
+            raise HyperparameterError("`critic_learning_rate` is set, but no parameter belongs to the critic alone")
+        critic_ids = {id(parameter) for parameter in critic}
+        actor = [parameter for parameter in policy.parameters() if id(parameter) not in critic_ids]
+        optimizer_class: Any = policy.optimizer_class
+        groups = [{"params": actor}, {"params": critic}]
+        policy.optimizer = optimizer_class(groups, lr=self.lr_schedule(1), **policy.optimizer_kwargs)
