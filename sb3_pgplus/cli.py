@@ -194,7 +194,7 @@ def _errors_as_one_line(debug: bool) -> Iterator[None]:
     except OSError as error:
         _fail(error, EXIT_FAILED, debug)
     except RuntimeError as error:
-        if type(error).__name__ != "TrainingFailed":
+        if type(error).__name__ != "TrainingError":
             raise
         _fail(error, EXIT_FAILED, debug)
 

@@ -1,13 +1,15 @@
 """
 Which settings a run uses: a block of ``zoo_configs`` or of the user's own YAML file, with ``--set name=value`` on top.
 
-The files are in rl_zoo3's format (environment ids as keys, ``default`` for the rest), so its tuned settings can be used as they are.
+The files are in rl_zoo3's format (environment ids as keys, ``default`` for the rest), so its tuned settings can be
+used as they are.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ import yaml
 from sb3_pgplus.hparams import nearest
 
 if TYPE_CHECKING:
-    from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+    from sb3_pgplus.on_policy import PolicyGradientPlus
 
 ALGORITHMS = {"ppoplus": "PPOPlus", "a2cplus": "A2CPlus", "trpoplus": "TRPOPlus"}
 """rl_zoo3 maps a class to its key by ``name.lower()``, hence no underscores."""
@@ -86,12 +88,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-# --- rl_zoo3 writes Python inside YAML: ``policy_kwargs: "dict(net_arch=[64], activation_fn=nn.ReLU)"`` ---------------------
+# --- rl_zoo3 writes Python inside YAML: policy_kwargs: "dict(net_arch=[64], activation_fn=nn.ReLU)" ------------------
 
 
 def parse_python_value(text: str) -> Any:
     """
-    Read the Python expressions rl_zoo3 puts into YAML strings, without running them: literals, ``dict(…)`` and dotted names.
+    Read the Python expressions rl_zoo3 puts into YAML strings, without running them.
+
+    Literals, ``dict(…)`` and dotted names are understood.
 
     :param text: for example ``"dict(log_std_init=-2, activation_fn=nn.ReLU)"``
     :return: plain values; a dotted name stays a string, :func:`resolve_objects` imports it later
@@ -161,7 +165,7 @@ def algorithm_names() -> list[str]:
     return [name for name, class_name in ALGORITHMS.items() if hasattr(package, class_name)]
 
 
-def algorithm_class(name: str) -> type[OnPolicyAlgorithm]:
+def algorithm_class(name: str) -> type[PolicyGradientPlus[Any]]:
     """
     Find the class behind ``--algo``.
 
@@ -171,7 +175,7 @@ def algorithm_class(name: str) -> type[OnPolicyAlgorithm]:
     known = algorithm_names()
     if name.lower() not in known:
         raise ConfigError(f"unknown algorithm {name!r}{nearest(name.lower(), known)}; known: {', '.join(known)}")
-    found: type[OnPolicyAlgorithm] = getattr(importlib.import_module("sb3_pgplus"), ALGORITHMS[name.lower()])
+    found: type[PolicyGradientPlus[Any]] = getattr(importlib.import_module("sb3_pgplus"), ALGORITHMS[name.lower()])
     return found
 
 
@@ -205,9 +209,8 @@ def select_block(content: Mapping[str, Any], env: str, origin: str) -> tuple[dic
                 raise ConfigError(f"{origin}: the block {name} must hold names and values, got {content[name]!r}")
             return dict(content[name] or {}), f"{origin}, block {name}"
     # A flat file may hold nothing but mappings too, for example only `policy_kwargs`.
-    if not all(isinstance(value, dict) for value in content.values()) or any(
-        name.endswith("_kwargs") for name in content
-    ):
+    has_values = not all(isinstance(value, dict) for value in content.values())
+    if has_values or any(name.endswith("_kwargs") for name in content):
         return dict(content), origin
     raise ConfigError(f"{origin} has no block for {env} and no default; it has: {', '.join(content)}")
 
@@ -413,12 +416,6 @@ def whole_number(name: str, value: Any, minimum: int = 1) -> int:
     :raises ConfigError: for anything but a whole number from ``minimum`` up
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (
-        not is_number
-        or value != value
-        or value in (float("inf"), float("-inf"))
-        or value != int(value)
-        or value < minimum
-    ):
+    if not is_number or not math.isfinite(value) or value != int(value) or value < minimum:
         raise ConfigError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
     return int(value)

@@ -55,11 +55,10 @@ def make_environments(
     try:
         env = make_vec_env(spec.env, n_envs, seed, env_kwargs=env_kwargs, wrapper_class=wrap if wrappers else None)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        raise ConfigError(
-            f"{spec.env} needs a package that is not installed: {_first_line(error)}; {installation_advice(spec.env)}"
-        ) from error
+        advice = installation_advice(spec.env)
+        raise ConfigError(f"{spec.env} needs a package that is missing: {one_line(error)}; {advice}") from error
     except (gym.error.Error, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot make {spec.env}: {_first_line(error)}") from error
+        raise ConfigError(f"cannot make {spec.env}: {one_line(error)}") from error
     return VecFrameStack(env, spec.frame_stack) if spec.frame_stack else env
 
 
@@ -82,13 +81,15 @@ def find_environment(env: str) -> None:
         raise ConfigError(f"{env} needs the package {error.name or module}, which cannot be imported{extra}") from error
     except gym.error.Error as error:
         raise ConfigError(
-            f"unknown environment: {_first_line(error)} (an environment of your own: --env package:MyEnv-v0)"
+            f"unknown environment: {one_line(error)} (an environment of your own: --env package:MyEnv-v0)"
         ) from error
 
 
 def configured_wrappers(env_wrapper: Any) -> list[Wrapper]:
     """
-    Read rl_zoo3's ``env_wrapper``: a dotted class name, ``{name: keyword arguments}``, or a list of these, innermost first.
+    Read rl_zoo3's ``env_wrapper``: a dotted class name, ``{name: keyword arguments}``, or a list of these.
+
+    The first of a list is the innermost wrapper.
 
     :param env_wrapper: the entry of the configuration
     :raises ConfigError: if it is something else or cannot be imported
@@ -98,9 +99,7 @@ def configured_wrappers(env_wrapper: Any) -> list[Wrapper]:
     for entry in entries:
         named = {entry: {}} if isinstance(entry, str) else entry
         if not isinstance(named, dict) or len(named) != 1:
-            raise ConfigError(
-                f"env_wrapper: expected package.module.Class or {{package.module.Class: {{…}}}}, got {entry!r}"
-            )
+            raise ConfigError(f"env_wrapper: expected module.Class or {{module.Class: {{…}}}}, got {entry!r}")
         [(name, arguments)] = named.items()
         arguments = parse_python_value(arguments) if isinstance(arguments, str) else arguments or {}
         wrappers.append(_bind(import_object(name), arguments))
@@ -137,5 +136,10 @@ def installation_advice(env: str) -> str:
     return f'run: pip install "{requirement}"' if requirement else "install what it asks for"
 
 
-def _first_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """
+    Return an error's message without line breaks, its type if it has none.
+
+    :param error: any exception
+    """
     return " ".join(str(error).split()) or type(error).__name__

@@ -21,7 +21,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import check_for_correct_spaces, set_random_seed
 
 from sb3_pgplus.configs import ConfigError, EnvironmentSpec, algorithm_class, read_mapping
-from sb3_pgplus.environments import Wrapper, installation_advice, make_environments
+from sb3_pgplus.environments import Wrapper, installation_advice, make_environments, one_line
 from sb3_pgplus.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _model_file(path: Path) -> Path:
     return path
 
 
-# --- watching and recording --------------------------------------------------------------------------------------------
+# --- watching and recording -------------------------------------------------------------------------------------------
 
 
 def has_display() -> bool:
@@ -185,22 +185,17 @@ def prepare_offscreen_rendering() -> None:
 
 
 def _mujoco_can_render(backend: str) -> bool:
-    # In a process of its own: PyOpenGL keeps the first platform it loads, so a failed attempt here would spoil the next.
+    # In a process of its own: PyOpenGL keeps the first platform it loads, a failed attempt here would spoil the next.
     code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
-    environment = os.environ | {"MUJOCO_GL": backend}
+    command, environment = [sys.executable, "-c", code], os.environ | {"MUJOCO_GL": backend}
     try:
-        return (
-            subprocess.run(
-                [sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False
-            ).returncode
-            == 0
-        )
+        return not subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False).returncode
     except (OSError, subprocess.TimeoutExpired):
         return False
 
 
 class _FrameTap(gym.Wrapper[Any, Any, Any, Any]):
-    """Render after every reset and step; a wrapper, because SB3's vector environments reset before the last frame is seen."""
+    """Render after every reset and step; SB3's vector environments would reset before the last frame is seen."""
 
     def __init__(self, env: gym.Env[Any, Any], write: Callable[[Any], None], n_episodes: int) -> None:
         super().__init__(env)
@@ -230,7 +225,7 @@ class _FrameTap(gym.Wrapper[Any, Any, Any, Any]):
 def _rendering_advice(env: gym.Env[Any, Any], error: Exception) -> str:
     spec = env.unwrapped.spec
     name, entry_point = (spec.id, str(spec.entry_point)) if spec else ("the environment", "")
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error)
     if "mujoco" in entry_point:
         return (
             f"cannot render {name} ({reason}): without a screen MuJoCo needs EGL or OSMesa. Install the system package "
@@ -302,15 +297,12 @@ class _VideoWriter:
 
     def write(self, frame: Any) -> None:
         if not isinstance(frame, np.ndarray) or frame.ndim != 3:
-            raise ConfigError(
-                "the environment renders no RGB frames (its `render_modes` lack rgb_array), so no video can be made"
-            )
+            raise ConfigError("no video can be made: the environment renders no RGB frames (render mode rgb_array)")
         if self._stream is None:
             height, width = frame.shape[:2]
             # H.264 wants even sizes; ffmpeg rescales an odd one by a pixel.
-            self._stream = self._ffmpeg.write_frames(
-                str(self._path), (width, height), fps=self._fps, macro_block_size=2
-            )
+            size = (width, height)
+            self._stream = self._ffmpeg.write_frames(str(self._path), size, fps=self._fps, macro_block_size=2)
             self._stream.send(None)
         self._stream.send(np.ascontiguousarray(frame[..., :3], dtype=np.uint8))
 

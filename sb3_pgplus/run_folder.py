@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from platform import python_version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from sb3_pgplus import __version__
 from sb3_pgplus.configs import ConfigError
-
-if TYPE_CHECKING:
-    from stable_baselines3.common.base_class import BaseAlgorithm
 
 CONFIG_HEADER = "# One training run, complete: `sb3-pgplus train --config` with this file repeats it.\n"
 REPORTED_PACKAGES = ("stable_baselines3", "torch", "gymnasium", "numpy", "mujoco")
@@ -82,24 +78,6 @@ class RunFolder:
         except FileExistsError:
             raise _already_used(self.path) from None
 
-    def save_model(self, model: BaseAlgorithm) -> None:
-        """
-        Save the model: written beside its place, flushed to disk, then renamed, so a crash never leaves half a file.
-
-        :param model: the model
-        """
-        descriptor, temporary = tempfile.mkstemp(dir=self.path, prefix=".model-", suffix=".zip")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                model.save(file)
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp makes the file private to its owner; a run folder is as open as its other files.
-            os.chmod(temporary, self.config.stat().st_mode & 0o777 if self.config.exists() else 0o644)
-            os.replace(temporary, self.model)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-
 
 def check_unused(out: Path) -> None:
     """
@@ -118,7 +96,7 @@ def create_run_folder(out: Path | None, *, algo: str, env: str, seed: int, root:
     """
     Make the folder of a new run.
 
-    :param out: the folder the user asked for, or nothing: then ``runs/<algo>/<env>/seed<S>``, numbered on from ``-2`` if taken
+    :param out: the folder the user asked for, by default ``runs/<algo>/<env>/seed<S>``, with ``-2``, ``-3``, … if taken
     :param algo: name of the algorithm
     :param env: environment id
     :param seed: random seed

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,20 @@ from stable_baselines3.common.logger import (
     Logger,
     TensorBoardOutputFormat,
 )
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.configs import ConfigError, RunSettings, algorithm_class, resolve_objects
+from sb3_pgplus.construction import PLUMBING
 from sb3_pgplus.environments import make_environments, policy_for
+from sb3_pgplus.files import write_atomically
+from sb3_pgplus.on_policy import PolicyGradientPlus
 from sb3_pgplus.playing import Evaluation, evaluate
 from sb3_pgplus.reporting.learning_curve import Episodes, plot_learning_curve
 from sb3_pgplus.reporting.progress_bar import EpisodeRecorder, TrainingProgress
 from sb3_pgplus.run_folder import RunFolder, check_unused, create_run_folder, package_versions
 
 
-class TrainingFailed(RuntimeError):
+class TrainingError(RuntimeError):
     """Training began and raised; the run folder's ``error.txt`` holds the traceback."""
 
 
@@ -42,7 +43,7 @@ class TrainingFailed(RuntimeError):
 class FinishedRun:
     """What a training run leaves in memory; the rest is in its folder."""
 
-    model: OnPolicyAlgorithm
+    model: PolicyGradientPlus[Any]
     folder: RunFolder
     episodes: Episodes
     seconds: float
@@ -72,7 +73,7 @@ def train(
     :param eval_episodes: length of the evaluation at the end, 0 for none
     :param console: where to report to, by default nowhere
     :raises ConfigError: if the settings are impossible, before anything is written
-    :raises TrainingFailed: if training itself raises; then no model is left, and ``error.txt`` says why
+    :raises TrainingError: if training itself raises; then no model is left, and ``error.txt`` says why
     """
     console = console or Console(quiet=True)
     if out is not None:
@@ -88,16 +89,18 @@ def train(
         seconds = time.perf_counter() - start
     finally:
         env.close()
-    folder.save_model(model)
+    model.save(folder.model)  # whole or not at all
     _draw(folder, settings, model, episodes, console)
     evaluation = None
     if eval_episodes and not interrupted:
         evaluation = evaluate(model, settings.environment, n_episodes=eval_episodes)
-        folder.evaluation.write_text(yaml.safe_dump(evaluation.summary(), sort_keys=False), encoding="utf-8")
+        write_atomically(folder.evaluation, yaml.safe_dump(evaluation.summary(), sort_keys=False).encode())
     return FinishedRun(model, folder, episodes, seconds, interrupted, evaluation)
 
 
-def build_model(settings: RunSettings, env: VecEnv, *, device: str = "auto", verbose: int = 0) -> OnPolicyAlgorithm:
+def build_model(
+    settings: RunSettings, env: VecEnv, *, device: str = "auto", verbose: int = 0
+) -> PolicyGradientPlus[Any]:
     """
     Construct the algorithm; it is the constructor that judges the hyperparameters.
 
@@ -122,7 +125,7 @@ def build_model(settings: RunSettings, env: VecEnv, *, device: str = "auto", ver
         raise ConfigError(f"{algorithm.__name__}: {error} (settings from {settings.source})") from error
 
 
-def run_config(settings: RunSettings, model: OnPolicyAlgorithm) -> dict[str, Any]:
+def run_config(settings: RunSettings, model: PolicyGradientPlus[Any]) -> dict[str, Any]:
     """
     Collect ``config.yml``: flat, every hyperparameter with its resolved value, readable again as ``--config``.
 
@@ -137,36 +140,25 @@ def run_config(settings: RunSettings, model: OnPolicyAlgorithm) -> dict[str, Any
         "n_timesteps": settings.n_timesteps,
         "policy": settings.policy or policy_for(model.observation_space),
         **settings.hyperparameters,
-        **hyperparameters(model),
+        **model.hyperparameters(),
         "made_with": package_versions() | {"device": str(model.device)},
     }
 
 
-def hyperparameters(model: OnPolicyAlgorithm) -> dict[str, Any]:
-    """
-    Return all hyperparameters as plain values.
-
-    :param model: one of this package's algorithms
-    """
-    values: dict[str, Any] = model.hyperparameters()  # type: ignore[attr-defined]
-    return values
-
-
-def changed_settings(settings: RunSettings, model: OnPolicyAlgorithm) -> dict[str, tuple[Any, Any]]:
+def changed_settings(settings: RunSettings, model: PolicyGradientPlus[Any]) -> dict[str, tuple[Any, Any]]:
     """
     Compare the run's hyperparameters with the constructor's defaults.
 
     :param settings: the run's settings
     :param model: as constructed from them
-    :return: name → (value, default) of what differs; SB3's own arguments have ``None`` for their default
+    :return: name → (value, default) of what differs
     """
-    fields = dataclasses.fields(type(model).hparams_class)  # type: ignore[attr-defined]
-    defaults = {item.name: item.default for item in fields}
-    values = settings.hyperparameters | hyperparameters(model)
+    defaults = PLUMBING | model.hparams_class.defaults()
+    values = settings.hyperparameters | model.hyperparameters()
     return {name: (value, defaults.get(name)) for name, value in values.items() if value != defaults.get(name)}
 
 
-def start_panel(settings: RunSettings, model: OnPolicyAlgorithm, folder: RunFolder) -> Panel:
+def start_panel(settings: RunSettings, model: PolicyGradientPlus[Any], folder: RunFolder) -> Panel:
     """
     Describe the run before it begins.
 
@@ -178,10 +170,7 @@ def start_panel(settings: RunSettings, model: OnPolicyAlgorithm, folder: RunFold
     rows = {
         "steps": f"{settings.n_timesteps:,} in {settings.n_envs} environments, seed {settings.seed}, on {model.device}",
         "settings": settings.source,
-        "changed": ", ".join(
-            f"{name}={value} [dim]({default})[/]" for name, (value, default) in _escaped(changed).items()
-        )
-        or "nothing: all hyperparameters are the defaults",
+        "changed": ", ".join(_changes(changed)) or "nothing: all hyperparameters are the defaults",
         "folder": escape(str(folder.path)),
     }
     table = Table.grid(padding=(0, 2))
@@ -191,8 +180,9 @@ def start_panel(settings: RunSettings, model: OnPolicyAlgorithm, folder: RunFold
     return Panel(table, title=title, title_align="left", border_style="blue", expand=False)
 
 
-def _escaped(changed: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[str, str]]:
-    return {name: (escape(str(value)), escape(str(default))) for name, (value, default) in changed.items()}
+def _changes(changed: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
+    for name, (value, default) in changed.items():
+        yield f"{name}={escape(str(value))} [dim]({escape(str(default))})[/]"
 
 
 # --- while it trains --------------------------------------------------------------------------------------------------
@@ -209,7 +199,7 @@ class _StandardOutput:
 
 
 def _learn(
-    model: OnPolicyAlgorithm, settings: RunSettings, folder: RunFolder, console: Console | None
+    model: PolicyGradientPlus[Any], settings: RunSettings, folder: RunFolder, console: Console | None
 ) -> tuple[Episodes, bool]:
     """Train; an interruption ends it in good order, anything else is written down and leaves no model."""
     recorder = EpisodeRecorder(folder.episodes)
@@ -223,7 +213,7 @@ def _learn(
         interrupted = True
     except Exception as error:
         folder.error.write_text(traceback.format_exc(), encoding="utf-8")
-        raise TrainingFailed(f"{type(error).__name__}: {error} (traceback in {folder.error})") from error
+        raise TrainingError(f"{type(error).__name__}: {error} (traceback in {folder.error})") from error
     finally:
         recorder.close()
         if bar:
@@ -232,7 +222,7 @@ def _learn(
     return recorder.episodes, interrupted
 
 
-def _logger(model: OnPolicyAlgorithm, folder: RunFolder) -> Logger:
+def _logger(model: PolicyGradientPlus[Any], folder: RunFolder) -> Logger:
     formats: list[KVWriter] = [CSVOutputFormat(str(folder.progress))]
     if model.verbose >= 1:
         formats.append(HumanOutputFormat(_StandardOutput()))  # type: ignore[arg-type]
@@ -242,7 +232,7 @@ def _logger(model: OnPolicyAlgorithm, folder: RunFolder) -> Logger:
 
 
 def _draw(
-    folder: RunFolder, settings: RunSettings, model: OnPolicyAlgorithm, episodes: Episodes, console: Console
+    folder: RunFolder, settings: RunSettings, model: PolicyGradientPlus[Any], episodes: Episodes, console: Console
 ) -> None:
     """Draw the learning curve; a missing plotting package costs the picture, not the run."""
     title = f"{type(model).__name__} on {settings.environment.env}"

@@ -147,7 +147,9 @@ def normalize(advantages: th.Tensor, *, epsilon: float = 1e-8) -> th.Tensor:
     :param advantages: any shape
     :param epsilon: added to the standard deviation
     :return: same shape; fewer than two elements, which have no standard deviation, are returned as they are
+    :raises TypeError: on integers
     """
+    check_floating(advantages=advantages)
     if advantages.numel() < 2:
         return advantages
     return (advantages - advantages.mean()) / (advantages.std() + epsilon)

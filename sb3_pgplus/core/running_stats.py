@@ -4,18 +4,17 @@ Running mean and variance, merged batch by batch.
 Reference: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch as th
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """Mean and population variance of ``count`` samples; ``mean`` and ``var`` have the shape of one sample."""
 
     mean: th.Tensor
     var: th.Tensor
-    count: th.Tensor
+    count: th.Tensor  # type: ignore[assignment]  # `tuple.count` is not needed here
 
 
 def moments_of(batch: th.Tensor) -> Moments:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float64]
 MAX_DOTS = 5000
+BLUE, GREY = "#1f6fb2", "#8a8f98"
 EPISODE_COLUMNS = ("step", "return", "length", "seconds")
 
 
@@ -93,7 +94,7 @@ def plot_learning_curve(
     """
     Draw a learning curve into a picture file.
 
-    :param source: finished episodes, a run folder, its ``episodes.csv``, or an SB3 ``progress.csv`` (then without dots and band)
+    :param source: finished episodes, a run folder, its ``episodes.csv``, or SB3's ``progress.csv`` (its mean alone)
     :param path: the picture; its ending chooses the format (png, pdf, svg)
     :param title: bold, above the picture
     :param subtitle: below the title
@@ -112,7 +113,7 @@ def plot_learning_curve(
     if isinstance(source, Episodes):
         _draw_episodes(axes, source)
     else:
-        axes.plot(*read_progress(source), color="#1f6fb2", linewidth=2.0, label="mean of the last 100 episodes")
+        axes.plot(*read_progress(source), color=BLUE, linewidth=2.0, label="mean of the last 100 episodes")
     _decorate(axes, title, subtitle)
     figure.savefig(path)
     return Path(path)
@@ -133,20 +134,11 @@ def _draw_episodes(axes: Axes, episodes: Episodes) -> None:
     window = int(np.clip(len(episodes) // 20, 5, 100))
     mean, std = smooth(returns, window)
     shown = np.unique(np.linspace(0, len(episodes) - 1, min(len(episodes), MAX_DOTS)).astype(int))
-    axes.plot(
-        steps[shown],
-        returns[shown],
-        ".",
-        color="#8a8f98",
-        markersize=2.5,
-        alpha=0.45,
-        markeredgewidth=0,
-        label="one episode",
-    )
-    axes.fill_between(
-        steps, mean - std, mean + std, color="#1f6fb2", alpha=0.18, linewidth=0, label="± 1 standard deviation"
-    )
-    axes.plot(steps, mean, color="#1f6fb2", linewidth=2.0, label=f"mean of the last {window} episodes")
+    x, y = steps[shown], returns[shown]
+    axes.plot(x, y, ".", color=GREY, markersize=2.5, alpha=0.45, markeredgewidth=0, label="one episode")
+    low, high = mean - std, mean + std
+    axes.fill_between(steps, low, high, color=BLUE, alpha=0.18, linewidth=0, label="± 1 standard deviation")
+    axes.plot(steps, mean, color=BLUE, linewidth=2.0, label=f"mean of the last {window} episodes")
 
 
 def _decorate(axes: Axes, title: str, subtitle: str) -> None:

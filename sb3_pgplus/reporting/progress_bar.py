@@ -130,9 +130,8 @@ class TrainingProgress(BaseCallback):
             chunk = max(self._total // PLAIN_LINES, 1)
             self._next_line = (done // chunk + 1) * chunk
             speed = done / max(now - self._start, 1e-9)
-            self._console.print(
-                f"{done:>12,}/{self._total:,} steps  {speed:,.0f} steps/s  return {self._recent_return()}"
-            )
+            steps = f"{done:>12,}/{self._total:,} steps"
+            self._console.print(f"{steps}  {speed:,.0f} steps/s  return {self._recent_return()}")
 
     def _recent_return(self) -> str:
         recent = [info["r"] for info in self.model.ep_info_buffer or ()]
