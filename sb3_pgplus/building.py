@@ -48,12 +48,16 @@ class ModelBuilding(_Base):
                     "VecNormalize: switch one of them off"
                 )
             if decided is None:
-                setattr(self, f"_normalizes_{what}", self._decide(what, setting, is_outside))
+                setattr(self, f"_normalizes_{what}", not is_outside and self._decide(what, setting))
+        left = [
+            what for what, is_outside in outside.items() if is_outside and getattr(hp, f"normalize_{what}") == "auto"
+        ]
+        if left:
+            warnings.warn(
+                f"VecNormalize normalises {' and '.join(left)} already, so the model leaves them to it.", stacklevel=2
+            )
 
-    def _decide(self, what: str, setting: bool | str, is_outside: bool) -> bool:
-        if setting == "auto" and is_outside:
-            warnings.warn(f"VecNormalize normalises the {what} already, so the model leaves them to it.", stacklevel=2)
-            return False
+    def _decide(self, what: str, setting: bool | str) -> bool:
         if what == "observations" and not is_normalizable(self.observation_space, floats_only=setting == "auto"):
             if setting is True:
                 raise ValueError(

@@ -78,6 +78,9 @@ def train(
         typer.Option("--set", metavar="NAME=VALUE", help="One setting, the value in YAML; repeat it for more."),
     ] = None,
     device: Device = "auto",
+    num_threads: Annotated[
+        int | None, typer.Option("--num-threads", min=1, help="Torch's CPU threads; by default 1 without images.")
+    ] = None,
     progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Progress bar.")] = True,
     eval_episodes: Annotated[int, typer.Option("--eval-episodes", min=0, help="Evaluation at the end.")] = 10,
     verbose: Annotated[int, typer.Option("--verbose", min=0, max=2, help="From 1 on: SB3's tables as well.")] = 0,
@@ -102,6 +105,7 @@ def train(
             settings,
             out=out,
             device=device,
+            num_threads=num_threads,
             verbose=verbose,
             progress=progress,
             eval_episodes=eval_episodes,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.preprocessing import is_image_space
@@ -123,6 +126,28 @@ def policy_for(observation_space: spaces.Space[Any]) -> str:
     if isinstance(observation_space, spaces.Dict):
         return "MultiInputPolicy"
     return "CnnPolicy" if is_image_space(observation_space) else "MlpPolicy"
+
+
+@contextmanager
+def torch_threads(observation_space: spaces.Space[Any], number: int | None = None) -> Iterator[None]:
+    """
+    Set the number of torch's CPU threads for a while; ``OMP_NUM_THREADS`` is respected.
+
+    By default one, unless there are images to convolve: matrices of 64 columns gain nothing from a second thread, and
+    when the cores are shared with other processes the threads' waiting for each other costs several times the work.
+
+    :param observation_space: what the policy sees
+    :param number: how many, if the user has said so
+    """
+    if number is None and "OMP_NUM_THREADS" not in os.environ and policy_for(observation_space) == "MlpPolicy":
+        number = 1
+    before = th.get_num_threads()
+    try:
+        if number is not None:
+            th.set_num_threads(number)
+        yield
+    finally:
+        th.set_num_threads(before)
 
 
 def installation_advice(env: str) -> str:

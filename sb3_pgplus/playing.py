@@ -21,7 +21,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import check_for_correct_spaces, set_random_seed
 
 from sb3_pgplus.configs import ConfigError, EnvironmentSpec, algorithm_class, read_mapping
-from sb3_pgplus.environments import Wrapper, installation_advice, make_environments, one_line
+from sb3_pgplus.environments import Wrapper, installation_advice, make_environments, one_line, torch_threads
 from sb3_pgplus.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def evaluate(
         _check_spaces(model, env, spec.env)
         if not deterministic:
             set_random_seed(seed, using_cuda=model.device.type == "cuda")
-        result = evaluate_policy(model, env, n_episodes, deterministic, return_episode_rewards=True)
+        with torch_threads(env.observation_space):
+            result = evaluate_policy(model, env, n_episodes, deterministic, return_episode_rewards=True)
     finally:
         env.close()
     returns, lengths = result
@@ -246,14 +247,21 @@ def watch(
     :param deterministic: the policy's mode, or samples from it
     :raises ConfigError: if the environment cannot be shown
     """
-    return evaluate(
-        run.model,
-        run.environment,
-        n_episodes=n_episodes,
-        seed=seed,
-        deterministic=deterministic,
-        render_mode="human",
-    )
+    try:
+        return evaluate(
+            run.model,
+            run.environment,
+            n_episodes=n_episodes,
+            seed=seed,
+            deterministic=deterministic,
+            render_mode="human",
+        )
+    except ConfigError:
+        raise
+    except Exception as error:  # each renderer fails in its own way
+        raise ConfigError(
+            f"cannot show {run.environment.env} in a window ({one_line(error)}): add --record to make a video instead"
+        ) from error
 
 
 def record(

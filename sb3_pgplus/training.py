@@ -26,7 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.configs import ConfigError, RunSettings, algorithm_class, resolve_objects
 from sb3_pgplus.construction import PLUMBING
-from sb3_pgplus.environments import make_environments, policy_for
+from sb3_pgplus.environments import make_environments, one_line, policy_for, torch_threads
 from sb3_pgplus.files import write_atomically
 from sb3_pgplus.on_policy import PolicyGradientPlus
 from sb3_pgplus.playing import Evaluation, evaluate
@@ -57,6 +57,7 @@ def train(
     *,
     out: Path | None = None,
     device: str = "auto",
+    num_threads: int | None = None,
     verbose: int = 0,
     progress: bool = False,
     eval_episodes: int = 10,
@@ -68,6 +69,7 @@ def train(
     :param settings: from :func:`sb3_pgplus.configs.resolve_settings`
     :param out: run folder, by default the next free one under ``runs/``
     :param device: as SB3's
+    :param num_threads: torch's CPU threads, see :func:`sb3_pgplus.environments.torch_threads`
     :param verbose: as SB3's; from 1 on its tables are printed as well
     :param progress: draw a progress bar
     :param eval_episodes: length of the evaluation at the end, 0 for none
@@ -85,7 +87,8 @@ def train(
         folder.write_config(run_config(settings, model))
         console.print(start_panel(settings, model, folder))
         start = time.perf_counter()
-        episodes, interrupted = _learn(model, settings, folder, console if progress else None)
+        with torch_threads(env.observation_space, num_threads):
+            episodes, interrupted = _learn(model, settings, folder, console if progress else None)
         seconds = time.perf_counter() - start
     finally:
         env.close()
@@ -122,7 +125,9 @@ def build_model(
             **resolve_objects(settings.hyperparameters),
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"{algorithm.__name__}: {error} (settings from {settings.source})") from error
+        message = one_line(error)
+        prefix = "" if algorithm.__name__ in message else f"{algorithm.__name__}: "
+        raise ConfigError(f"{prefix}{message} (settings from {settings.source})") from error
 
 
 def run_config(settings: RunSettings, model: PolicyGradientPlus[Any]) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def start_panel(settings: RunSettings, model: PolicyGradientPlus[Any], folder: R
     """
     changed = changed_settings(settings, model)
     rows = {
-        "steps": f"{settings.n_timesteps:,} in {settings.n_envs} environments, seed {settings.seed}, on {model.device}",
+        "steps": f"{settings.n_timesteps:,} in {_copies(settings)}, seed {settings.seed}, on {model.device}",
         "settings": settings.source,
         "changed": ", ".join(_changes(changed)) or "nothing: all hyperparameters are the defaults",
         "folder": escape(str(folder.path)),
@@ -178,6 +183,10 @@ def start_panel(settings: RunSettings, model: PolicyGradientPlus[Any], folder: R
         table.add_row(f"[bold]{name}", text)
     title = f"[bold]{type(model).__name__}[/] on [bold]{escape(settings.environment.env)}"
     return Panel(table, title=title, title_align="left", border_style="blue", expand=False)
+
+
+def _copies(settings: RunSettings) -> str:
+    return "1 environment" if settings.n_envs == 1 else f"{settings.n_envs} environments"
 
 
 def _changes(changed: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
@@ -236,7 +245,7 @@ def _draw(
 ) -> None:
     """Draw the learning curve; a missing plotting package costs the picture, not the run."""
     title = f"{type(model).__name__} on {settings.environment.env}"
-    subtitle = f"seed {settings.seed}, {settings.n_envs} environments, {model.num_timesteps:,} steps"
+    subtitle = f"seed {settings.seed}, {_copies(settings)}, {model.num_timesteps:,} steps"
     try:
         plot_learning_curve(episodes, folder.learning_curve, title=title, subtitle=subtitle)
     except (ImportError, ValueError) as error:
