@@ -118,6 +118,14 @@ def test_a_large_offset_does_not_destroy_the_variance() -> None:
     assert float(merged.var) == pytest.approx(float(small.var(correction=0)), rel=1e-6)
 
 
+def test_float32_batches_are_summed_without_the_rounding_of_float32() -> None:
+    """2^20 and 2^20 + 1/8 (neighbours in float32), 3 to 1: mean 2^20 + 1/32 and variance 3/16 / 64, neither rounded."""
+    batch = torch.tensor([2.0**20, 2.0**20, 2.0**20, 2.0**20 + 0.125]).repeat(64)
+    merged = merge_moments(moments_of(batch[:96]), moments_of(batch[96:]))
+    assert float(merged.mean) == pytest.approx(2.0**20 + 1 / 32, abs=1e-8)
+    assert float(merged.var) == pytest.approx(3 / 1024, rel=1e-6)
+
+
 def test_the_mean_moves_by_the_share_of_the_new_samples() -> None:
     """A million samples at 0, then one at 1: the mean becomes 1 / (10^6 + 1)."""
     old = Moments(torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64), torch.tensor(1e6, dtype=F64))
