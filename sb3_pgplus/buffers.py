@@ -17,8 +17,12 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_pgplus.core.advantages import gae
 
-# torch cannot index or reduce these; the next wider signed integer holds every value.
-_STORAGE_DTYPES = {np.dtype(np.uint16): np.int32, np.dtype(np.uint32): np.int64, np.dtype(np.uint64): np.int64}
+# torch cannot index or reduce these; a wider type takes their values.
+_STORAGE_DTYPES: dict[Any, Any] = {
+    np.dtype(np.uint16): np.int32,
+    np.dtype(np.uint32): np.int64,
+    np.dtype(np.uint64): np.float64,
+}
 
 _SCALAR_FIELDS = ("rewards", "episode_starts", "values", "log_probs", "next_values", "dones", "advantages", "returns")
 
@@ -78,9 +82,9 @@ class _NumpyView:
         target = buffer.tensor(self.name)
         if isinstance(target, dict):
             for key, tensor in target.items():
-                tensor.copy_(th.as_tensor(value[key]))
+                tensor.copy_(as_tensor(value[key]))
         else:
-            target.copy_(th.as_tensor(value))
+            target.copy_(as_tensor(value))
 
 
 class TorchRolloutBuffer(RolloutBuffer):
@@ -130,8 +134,11 @@ class TorchRolloutBuffer(RolloutBuffer):
         :return: ``[T, N, ...]``, a dict of such for Dict observations; zeros before the first rollout
         """
         if self._storage is None:
-            self._allocate(self._zero_observations())
+            self._allocate()
         assert self._storage is not None
+        if name == "observations" and name not in self._storage:
+            # Their type is known with the first ones; until then there is nothing to keep.
+            return self._allocate_observations(self._zero_observations())
         return self._storage[name]
 
     def add(
@@ -155,13 +162,15 @@ class TorchRolloutBuffer(RolloutBuffer):
         :raises TypeError: if the observations' type changed and the stored one cannot hold it
         """
         if self._storage is None:
-            self._allocate(obs)
+            self._allocate()
         assert self._storage is not None
+        if "observations" not in self._storage:
+            self._storage["observations"] = self._allocate_observations(obs)
         self._write_observations(obs)
         row = {name: self._storage[name][self.pos] for name in ("actions", *_SCALAR_FIELDS[:4])}
-        row["actions"].copy_(th.from_numpy(np.ascontiguousarray(action)).reshape(self.n_envs, self.action_dim))
-        row["rewards"].copy_(th.as_tensor(reward))
-        row["episode_starts"].copy_(th.as_tensor(episode_start))
+        row["actions"].copy_(as_tensor(action).reshape(self.n_envs, self.action_dim))
+        row["rewards"].copy_(as_tensor(reward))
+        row["episode_starts"].copy_(as_tensor(episode_start))
         row["values"].copy_(value.detach().reshape(-1))
         row["log_probs"].copy_(log_prob.detach().reshape(-1))
         self.pos += 1
@@ -178,7 +187,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         """
         next_values, ends = self.tensor("next_values"), self.tensor("dones")
         ends[:-1] = self.tensor("episode_starts")[1:]
-        ends[-1] = th.as_tensor(dones, dtype=ends.dtype)
+        ends[-1] = as_tensor(dones)
         next_values[:-1] = self.tensor("values")[1:]
         next_values[-1] = last_values.reshape(-1)
         next_values *= 1.0 - ends
@@ -251,14 +260,13 @@ class TorchRolloutBuffer(RolloutBuffer):
     def _zero_observations(self) -> Any:
         return np.zeros((self.n_envs, *self.obs_shape), dtype=self.observation_space.dtype)
 
-    def _allocate(self, obs: Any) -> None:
+    def _allocate(self) -> None:
         size = (self.buffer_size, self.n_envs)
         # Floats in single precision, as policies produce them; integers as they are, to stay usable as indices.
         integer_actions = isinstance(self.action_space, (spaces.Discrete, spaces.MultiDiscrete))
         action_dtype = th.int64 if integer_actions else th.float32
         self._storage = {name: th.zeros(size, device=self.device) for name in _SCALAR_FIELDS}
         self._storage["actions"] = th.zeros((*size, self.action_dim), dtype=action_dtype, device=self.device)
-        self._storage["observations"] = self._allocate_observations(obs)
 
     def _allocate_observations(self, obs: Any) -> Any:
         return self._zeros_like(obs, self.obs_shape)
@@ -272,11 +280,8 @@ class TorchRolloutBuffer(RolloutBuffer):
         self._write(self.tensor("observations"), obs)
 
     def _write(self, storage: th.Tensor, obs: Any) -> None:
-        array = np.asarray(obs)
-        # torch warns about arrays that it must not write to (JAX's, broadcast ones), so those are copied.
-        array = array.astype(_STORAGE_DTYPES.get(array.dtype, array.dtype), copy=not array.flags.writeable)
-        tensor = th.from_numpy(np.ascontiguousarray(array))
-        if tensor.dtype != storage.dtype and not th.can_cast(tensor.dtype, storage.dtype):
+        tensor = as_tensor(obs)
+        if not _fits(tensor.dtype, storage.dtype):
             raise TypeError(
                 f"observations came as {storage.dtype} at first and now as {tensor.dtype}, which would be cut"
             )
@@ -299,6 +304,26 @@ class TorchDictRolloutBuffer(TorchRolloutBuffer, DictRolloutBuffer):  # type: ig
     def _write_observations(self, obs: Mapping[str, Any]) -> None:
         for key, storage in self.tensor("observations").items():
             self._write(storage, obs[key])
+
+
+def as_tensor(array: Any) -> th.Tensor:
+    """
+    A NumPy array as a CPU tensor, without copying where torch can share the memory.
+
+    :param array: any array, read-only ones (JAX's, broadcast ones) and unsigned integers included
+    """
+    if isinstance(array, th.Tensor):
+        return array
+    array = np.asarray(array)
+    array = array.astype(_STORAGE_DTYPES.get(array.dtype, array.dtype), copy=not array.flags.writeable)
+    return th.from_numpy(np.ascontiguousarray(array))
+
+
+def _fits(source: th.dtype, target: th.dtype) -> bool:
+    """Whether values of one type can be stored in another without being cut (rounding floats is fine)."""
+    if source.is_floating_point or target.is_floating_point:
+        return target.is_floating_point
+    return th.promote_types(source, target) == target
 
 
 def map_observations(observations: Any, function: Callable[[th.Tensor], Any]) -> Any:

@@ -1,16 +1,17 @@
 """The part of the base class that makes buffer and policy from the hyperparameters."""
 
-import warnings
+import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_pgplus.buffers import TorchDictRolloutBuffer, TorchRolloutBuffer
 from sb3_pgplus.construction import locate_class
-from sb3_pgplus.errors import HyperparameterError
+from sb3_pgplus.errors import HyperparameterError, warn_user
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.policies import (
     ACTIVATION_CLASSES,
@@ -35,11 +36,8 @@ class ModelBuilding(_Base):
 
     def _decide_normalization(self, hp: PolicyGradientHparams) -> None:
         """Resolve ``"auto"`` once; a loaded model keeps what it was trained with."""
-        wrapper = unwrap_vec_normalize(self.env) if self.env is not None else None
-        outside = {
-            "observations": wrapper is not None and wrapper.norm_obs,
-            "rewards": wrapper is not None and wrapper.norm_reward,
-        }
+        outside = normalized_outside(self.env)
+        left: list[str] = []
         for what, is_outside in outside.items():
             decided, setting = getattr(self, f"_normalizes_{what}"), getattr(hp, f"normalize_{what}")
             if is_outside and (decided or setting is True):
@@ -49,13 +47,9 @@ class ModelBuilding(_Base):
                 )
             if decided is None:
                 setattr(self, f"_normalizes_{what}", not is_outside and self._decide(what, setting))
-        left = [
-            what for what, is_outside in outside.items() if is_outside and getattr(hp, f"normalize_{what}") == "auto"
-        ]
+                left += [what] * (is_outside and setting == "auto")
         if left:
-            warnings.warn(
-                f"VecNormalize normalises {' and '.join(left)} already, so the model leaves them to it.", stacklevel=2
-            )
+            warn_user(f"VecNormalize normalises {' and '.join(left)} already, so the model leaves them to it.")
 
     def _decide(self, what: str, setting: bool | str) -> bool:
         if what == "observations" and not is_normalizable(self.observation_space, floats_only=setting == "auto"):
@@ -122,8 +116,20 @@ class ModelBuilding(_Base):
                     f"`{name}`={given[name]!r} contradicts policy_kwargs[{name!r}]={kwargs[name]!r}: give one of them"
                 )
         if hp.adam_eps is not None:
-            kwargs["optimizer_kwargs"] = {**(kwargs.get("optimizer_kwargs") or {}), "eps": hp.adam_eps}
+            kwargs["optimizer_kwargs"] = self._with_eps(kwargs, hp.adam_eps)
         return {**kwargs, **flat}
+
+    @staticmethod
+    def _with_eps(policy_kwargs: dict[str, Any], eps: float) -> dict[str, Any]:
+        optimizer_class = policy_kwargs.get("optimizer_class", th.optim.Adam)
+        given = policy_kwargs.get("optimizer_kwargs") or {}
+        if "eps" not in inspect.signature(optimizer_class).parameters:
+            raise HyperparameterError(f"`adam_eps`={eps}, but {optimizer_class.__name__} takes no eps")
+        if given.get("eps", eps) != eps:
+            raise HyperparameterError(
+                f"`adam_eps`={eps} contradicts policy_kwargs['optimizer_kwargs']['eps']={given['eps']}: give one"
+            )
+        return {**given, "eps": eps}
 
     def _split_optimizer(self, policy: ActorCriticPolicy) -> None:
         """Give the critic's own parameters a group of their own: group 0 is the actor's (and shared ones)."""
@@ -135,3 +141,11 @@ class ModelBuilding(_Base):
         optimizer_class: Any = policy.optimizer_class
         groups = [{"params": actor}, {"params": critic}]
         policy.optimizer = optimizer_class(groups, lr=self.lr_schedule(1), **policy.optimizer_kwargs)
+
+
+def normalized_outside(env: VecEnv | None) -> dict[str, bool]:
+    """What a VecNormalize around the environments normalises: ``{"observations": …, "rewards": …}``."""
+    wrapper = unwrap_vec_normalize(env) if env is not None else None
+    if wrapper is None:
+        return {"observations": False, "rewards": False}
+    return {"observations": wrapper.norm_obs, "rewards": wrapper.norm_reward}

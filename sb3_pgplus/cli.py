@@ -173,7 +173,10 @@ def enjoy(
         if record or video:
             name = "video.mp4" if loaded.path.name == "model.zip" else f"{loaded.path.stem}.mp4"
             target = video or loaded.path.with_name(name)
-            evaluation = playing.record(loaded, target, n_episodes=n_episodes, seed=start, deterministic=not stochastic)
+            with console.status(f"Recording {target} (rendering without a graphics card takes minutes) …"):
+                evaluation = playing.record(
+                    loaded, target, n_episodes=n_episodes, seed=start, deterministic=not stochastic
+                )
             console.print(f"Video: {target}", highlight=False, markup=False, soft_wrap=True)
         else:
             evaluation = playing.watch(loaded, n_episodes=n_episodes, seed=start, deterministic=not stochastic)

@@ -207,7 +207,11 @@ def select_block(content: Mapping[str, Any], env: str, origin: str) -> tuple[dic
         if name in content:
             if not isinstance(content[name], dict | None):
                 raise ConfigError(f"{origin}: the block {name} must hold names and values, got {content[name]!r}")
-            return dict(content[name] or {}), f"{origin}, block {name}"
+            block = dict(content[name] or {})
+            if name == "default" and block.get("policy") == "MlpPolicy":
+                # rl_zoo3 wants a policy in every block, but this one cannot know the observations: choose by them.
+                del block["policy"]
+            return block, f"{origin}, block {name}"
     # A flat file may hold nothing but mappings too, for example only `policy_kwargs`.
     has_values = not all(isinstance(value, dict) for value in content.values())
     if has_values or any(name.endswith("_kwargs") for name in content):

@@ -60,8 +60,8 @@ def make_environments(
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         advice = installation_advice(spec.env)
         raise ConfigError(f"{spec.env} needs a package that is missing: {one_line(error)}; {advice}") from error
-    except (gym.error.Error, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot make {spec.env}: {one_line(error)}") from error
+    except Exception as error:  # the environment's own constructor may raise anything
+        raise ConfigError(f"cannot make {spec.env}: {one_line(error)}{_renderer_hint(spec.env)}") from error
     return VecFrameStack(env, spec.frame_stack) if spec.frame_stack else env
 
 
@@ -159,6 +159,14 @@ def installation_advice(env: str) -> str:
     entry_point = str(gym.spec(env.partition(":")[2] or env).entry_point)
     requirement = next((name for part, name in REQUIREMENTS.items() if part in entry_point), None)
     return f'run: pip install "{requirement}"' if requirement else "install what it asks for"
+
+
+def _renderer_hint(env: str) -> str:
+    """MuJoCo loads the renderer it is told to when it is imported, so a wrong one breaks what renders nothing, too."""
+    backend = os.environ.get("MUJOCO_GL")
+    if backend is None or "mujoco" not in str(gym.spec(env.partition(":")[2] or env).entry_point):
+        return ""
+    return f" (MUJOCO_GL={backend} is set: unset it, or install that renderer: libegl1 for egl, libosmesa6 for osmesa)"
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,7 @@
-"""The package's own exceptions. Each is a built-in one too, so that existing ``except`` clauses keep working."""
+"""The package's own exceptions (each is a built-in one too, so that existing ``except`` clauses work) and warnings."""
+
+import sys
+import warnings
 
 
 class HyperparameterError(ValueError, AssertionError):
@@ -15,3 +18,18 @@ class NonFiniteEnvironmentError(ValueError):
 
 class NonFiniteUpdateError(ValueError):
     """Several updates in a row had a NaN or infinite loss or gradient. RL Zoo prunes a trial on ``ValueError``."""
+
+
+def warn_user(message: str) -> None:
+    """
+    Warn, naming the line of the user's code that led here instead of one of ours or SB3's.
+
+    :param message: the warning
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith(_LIBRARIES):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+_LIBRARIES = ("sb3_pgplus", "stable_baselines3")

@@ -13,7 +13,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     :param data: its content
     :raises OSError: if it cannot be written; the old file is untouched then
     """
-    target = pathlib.Path(path)
+    target = pathlib.Path(os.path.realpath(path))  # through a link, the file it names
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:

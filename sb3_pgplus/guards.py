@@ -12,33 +12,37 @@ from torch.distributions import Distribution
 from sb3_pgplus.errors import NonFiniteEnvironmentError
 
 
-def check_finite_step(observations: Any, rewards: np.ndarray[Any, Any] | None, step: int) -> None:
+def check_finite_step(observations: Any, rewards: np.ndarray[Any, Any] | None, step: int, first_env: int = 0) -> None:
     """
     Refuse NaN and infinity from an environment.
 
     :param observations: ``[N, ...]``, or a dict of such
     :param rewards: ``[N]``, or None
     :param step: steps each environment has taken, for the message
+    :param first_env: index of the environment that row 0 belongs to
     :raises NonFiniteEnvironmentError: naming the environment's index and the step
     """
     if rewards is not None:
-        _check_array("reward", rewards, step)
+        _check_array("reward", rewards, step, first_env)
     if isinstance(observations, dict):
         for key, array in observations.items():
-            _check_array(f"observation {key!r}", array, step)
+            _check_array(f"observation {key!r}", array, step, first_env)
     else:
-        _check_array("observation", observations, step)
+        _check_array("observation", observations, step, first_env)
 
 
-def _check_array(what: str, array: Any, step: int) -> None:
+def _check_array(what: str, array: Any, step: int, first_env: int) -> None:
     array = np.asarray(array)
     # A sum is the cheapest test that sees every element; the exact one follows only where it fails.
-    if array.dtype.kind != "f" or np.isfinite(array.sum()):
+    if array.dtype.kind != "f":
         return
+    with np.errstate(over="ignore", invalid="ignore"):  # the sum of large finite values may overflow
+        if np.isfinite(array.sum()):
+            return
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         first = tuple(int(i) for i in bad[0])
-        env = f"environment {first[0]}" if array.ndim else "the environment"
+        env = f"environment {first_env + first[0]}" if array.ndim else "the environment"
         entry = f" at index {list(first[1:])}" if len(first) > 1 else ""
         raise NonFiniteEnvironmentError(
             f"{env} returned the {what} {array[first]}{entry} at its step {step} of this training "

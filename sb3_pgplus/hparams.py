@@ -8,7 +8,7 @@ numbers; the constructor, ``load`` and every ``train()`` go through it.
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Self
@@ -49,8 +49,18 @@ class Spec:
         if not self.schedulable:
             return self._check_number(name, value, self.exclusive_minimum)
         schedule = as_schedule(name, value)
-        # A schedule may end at the excluded bound ("lin_0.2" anneals a clip range to 0), a constant may not lie on it.
-        return self._check_number(name, schedule(progress_remaining), self.exclusive_minimum and is_constant(schedule))
+        # A schedule may reach the excluded bound ("lin_0.2" anneals a clip range to 0), a number may not lie on it.
+        exclusive = self.exclusive_minimum and not callable(value) and is_constant(schedule)
+        return self._check_number(name, self._call(name, schedule, progress_remaining), exclusive)
+
+    def _call(self, name: str, schedule: Callable[[float], float], progress_remaining: float) -> float:
+        try:
+            return schedule(progress_remaining)
+        except Exception as error:
+            raise TypeError(
+                f"`{name}` must be {self.allowed()}, but the schedule fails when called with the remaining progress "
+                f"{progress_remaining}: {error}"
+            ) from error
 
     def _check_choice(self, name: str, value: Any) -> Any:
         for choice in self.choices:
@@ -171,7 +181,9 @@ class PolicyGradientHparams:
         3, "Non-finite updates in a row (each one skipped) after which training stops with an error.", minimum=1
     )
     sb3_exact: bool = _switch(
-        False, "SB3's order of floating-point operations (GAE loop, bootstraps one by one): same bits, slower."
+        False,
+        "SB3's order of floating-point operations (GAE loop, bootstraps one by one) and its timing of schedules "
+        "(position at the end of a rollout instead of its start): same bits as SB3, slower.",
     )
 
     @classmethod
@@ -188,6 +200,14 @@ class PolicyGradientHparams:
     def spec(cls, name: str) -> Spec:
         """The declaration of one hyperparameter."""
         return _specs(cls)[name]
+
+    @classmethod
+    def describe(cls) -> str:
+        """A paragraph for each hyperparameter: meaning, allowed values, default."""
+        return "\n".join(
+            f":param {name}: {spec.doc} Allowed: {spec.allowed()}. Default: {cls.defaults()[name]!r}."
+            for name, spec in _specs(cls).items()
+        )
 
     @classmethod
     def scheduled_names(cls) -> tuple[str, ...]:

@@ -32,10 +32,6 @@ class Metrics:
         """Forget what was collected under a name (SB3's ``approx_kl`` is the mean of the last epoch alone)."""
         self._values.pop(name, None)
 
-    def mean(self, name: str) -> float:
-        """Mean of what was collected under a name so far. Reads the device."""
-        return float(th.stack(self._values[name]).mean())
-
     def reduce(self) -> dict[str, float]:
         """
         Mean of each metric (or its own reduction), with one transfer from the device.

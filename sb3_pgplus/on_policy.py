@@ -6,7 +6,6 @@ The algorithms only add their update.
 import inspect
 import math
 import time
-import warnings
 from numbers import Real
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
@@ -27,8 +26,9 @@ from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.buffers import RolloutEnd
-from sb3_pgplus.building import ModelBuilding
+from sb3_pgplus.building import ModelBuilding, normalized_outside
 from sb3_pgplus.construction import PLUMBING, bind, signature_of
+from sb3_pgplus.errors import HyperparameterError, warn_user
 from sb3_pgplus.guards import check_finite_step, without_distribution_checks
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
@@ -62,6 +62,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
     }
     hparams_class: type[H]
     schedule_timesteps: int | None
+    sb3_exact: bool
     positional: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -71,6 +72,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
             cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])  # type: ignore[attr-defined]
         elif "hparams_class" in cls.__dict__:
             cls.__signature__ = signature_of(cls.hparams_class, cls.positional)  # type: ignore[attr-defined]
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{cls.hparams_class.describe()}"
 
     def __init__(
         self, policy: str | type[ActorCriticPolicy], env: GymEnv | str | None, *args: Any, **kwargs: Any
@@ -99,6 +101,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         self._normalizes_rewards: bool | None = None
         self._observations_merged = False
         self._carried_returns: list[float] = []
+        self._rollout_started_at = 0
         self._kl_lr_scale = 1.0
         self._kl_coef_scale = 1.0
         self._nonfinite_updates = 0
@@ -108,7 +111,10 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
     # --- set-up -------------------------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
-        hp = self.hyperparameters_at(1.0)  # validates, also what `load` put in place
+        if not hasattr(self, "observation_space"):
+            raise ValueError("`env` is None: a new model needs an environment (load() can do without)")
+        # Validates, also what `load` put in place, and schedules along the way rather than in the middle of training.
+        _, _, hp = (self.hyperparameters_at(progress) for progress in (0.0, 0.5, 1.0))
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self._decide_normalization(hp)
@@ -145,9 +151,14 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         return {name: describe_schedule(self.__dict__[name]) for name in self.hparams_class.names()}
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        """
+        The position on the schedules of the update that follows: where its rollout began, so that the first update has
+        the start value and the last one is not empty. SB3's is where the rollout ended (``sb3_exact``).
+        """
         horizon = self.schedule_timesteps or total_timesteps
+        steps = num_timesteps if self.sb3_exact else self._rollout_started_at
         # SB3 lets the progress fall below 0 when the last rollout overshoots, and rates with it.
-        self._current_progress_remaining = max(0.0, 1.0 - float(num_timesteps) / float(horizon))
+        self._current_progress_remaining = max(0.0, 1.0 - float(steps) / float(horizon))
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         if self.learning_rate is not self._lr_schedule_source:  # assigned since, which SB3 would ignore
@@ -159,6 +170,8 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
             update_learning_rate(optimizer, rate)
         critic_rate = self.hyperparameters_at(progress).critic_learning_rate
         if critic_rate is not None:
+            if len(self.policy.optimizer.param_groups) < 2:
+                raise HyperparameterError("`critic_learning_rate` was None at construction: set it there")
             self.policy.optimizer.param_groups[1]["lr"] = critic_rate
             self.logger.record("train/critic_learning_rate", critic_rate)
 
@@ -201,18 +214,31 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         changing = [n for n, value in given.items() if value is not None and not is_constant(as_schedule(n, value))]
         if changing:
             self._warned_short_learns = True
-            warnings.warn(
+            warn_user(
                 f"learn() continues with reset_num_timesteps=False while `{'`, `'.join(changing)}` follow schedules "
                 "over each call's own total, so they jump back up at every call. Set "
-                "`schedule_timesteps=<steps of all calls together>` to let them run once over the whole training.",
-                stacklevel=3,
+                "`schedule_timesteps=<steps of all calls together>` to let them run once over the whole training."
             )
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Replace the training environments, as SB3 does.
+
+        :param env: the new environments
+        :param force_reset: reset them before training goes on
+        :raises ValueError: if they normalise what the model normalises itself
+        """
+        for what, is_outside in normalized_outside(env if isinstance(env, VecEnv) else None).items():
+            if is_outside and getattr(self, f"_normalizes_{what}"):
+                raise ValueError(f"the model normalises {what} and so does the new environment's VecNormalize")
+        super().set_env(env, force_reset)
 
     def _setup_learn(self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any) -> Any:
         before = self._last_obs
         result = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
         if self._last_obs is not before or len(self._carried_returns) != self.n_envs:
             self._carried_returns = [0.0] * self.n_envs  # the environments were reset
+            check_finite_step(self._last_obs, None, 0)
         return result
 
     def collect_rollouts(
@@ -238,6 +264,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         n_steps = 0
         rollout_buffer.reset()
         self._rollout_end = RolloutEnd()
+        self._rollout_started_at = self.num_timesteps
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()

@@ -29,8 +29,16 @@ _LOADABLE = (
     "start_time",
 )
 
-#: Hyperparameters that shape the networks or what is saved with them.
-_FIXED_AT_CONSTRUCTION = ("normalize_observations", "normalize_rewards", "normalize_value_targets", "activation_fn")
+#: Hyperparameters that shape the networks, the optimiser or what is saved with them.
+_FIXED_AT_CONSTRUCTION = (
+    "normalize_observations",
+    "normalize_rewards",
+    "normalize_value_targets",
+    "activation_fn",
+    "ortho_init",
+    "log_std_init",
+    "adam_eps",
+)
 
 
 class Persistence(_Base):
@@ -47,6 +55,7 @@ class Persistence(_Base):
             "value_normalizer",
             "_rollout_end",
             "_lr_schedule_source",
+            "_warned_short_learns",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -92,10 +101,34 @@ class Persistence(_Base):
         :raises TypeError: on an unknown keyword
         :raises ValueError: on a value that is not allowed, or that cannot change after construction
         """
+        known = [*cls.hparams_class.names(), *PLUMBING, *_LOADABLE, *inspect.signature(cls).parameters]
         own = inspect.signature(BaseAlgorithm.load).parameters
-        settings = [name for name in kwargs if name not in own]
-        reject_unknown(f"{cls.__name__}.load", settings, [*cls.hparams_class.names(), *PLUMBING, *_LOADABLE])
-        for name in _FIXED_AT_CONSTRUCTION:
-            if name in kwargs:
-                raise ValueError(f"`{name}` is part of the saved model and cannot be changed by load()")
-        return super().load(path, env, *args, **kwargs)
+        reject_unknown(f"{cls.__name__}.load", [name for name in kwargs if name not in own], known)
+        # These are compared with what was saved instead of replacing it.
+        held = {name: kwargs.pop(name) for name in (*_FIXED_AT_CONSTRUCTION, "critic_learning_rate") if name in kwargs}
+        for name, value in held.items():
+            cls.hparams_class.spec(name).check(name, value, 1.0)
+        try:
+            model = super().load(path, env, *args, **kwargs)
+        except RuntimeError as error:
+            if "observation_normalizer" not in str(error):
+                raise
+            raise ValueError(_WITHOUT_NORMALIZER.format(path=path, cls=cls.__name__)) from error
+        for name, value in held.items():
+            model._keep_or_refuse(name, value)
+        return model
+
+    def _keep_or_refuse(self, name: str, value: Any) -> None:
+        saved = getattr(self, name)
+        if name == "critic_learning_rate" and (value is None) == (saved is None):
+            setattr(self, name, value)  # its value may change, whether it splits the optimiser may not
+        elif value != saved:
+            raise ValueError(
+                f"`{name}` is part of the saved model and cannot be changed by load() (from {saved!r} to {value!r})"
+            )
+
+
+_WITHOUT_NORMALIZER = (
+    "{path} holds a policy without observation normalisation, as SB3's PPO saves it. Build the model with "
+    "{cls}(policy, env, **presets.SB3_PPO) and call its set_parameters(path)."
+)

@@ -157,6 +157,8 @@ class NormalizesObservations:
     policy_class: type[ActorCriticPolicy]
     observation_normalizer: ObservationNormalizer
     observation_space: spaces.Space[Any]
+    # Until the normaliser exists: a policy may run itself while it is being built.
+    _already_normalized = True
 
     def __init__(
         self, *args: Any, clip_observations: float | None = 10.0, normalize_floats_only: bool = True, **kwargs: Any

@@ -2,7 +2,6 @@
 Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.06347) with all implementation tricks.
 """
 
-import warnings
 from collections.abc import Iterator
 from typing import ClassVar, cast
 
@@ -11,7 +10,7 @@ import torch as th
 from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer
 from sb3_pgplus.core import losses
 from sb3_pgplus.core.advantages import normalize
-from sb3_pgplus.errors import HyperparameterError
+from sb3_pgplus.errors import HyperparameterError, warn_user
 from sb3_pgplus.hparams import PPOHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.on_policy import PolicyGradientPlus
@@ -50,7 +49,7 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         "device",
         "_init_setup_model",
     )
-    needs_torch_buffer = ("normalize_value_targets", "recompute_advantages", "kl_coef")
+    needs_torch_buffer = ("normalize_value_targets", "recompute_advantages", "kl_coef", "desired_kl")
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -67,12 +66,11 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
                 f"Currently n_steps={hp.n_steps} and n_envs={n_envs}"
             )
         if samples % batch_size:
-            warnings.warn(
+            warn_user(
                 f"You have specified a mini-batch size of {batch_size}, but because the `RolloutBuffer` is of size "
                 f"`n_steps * n_envs = {samples}`, after every {samples // batch_size} untruncated mini-batches, there "
                 f"will be a truncated mini-batch of size {samples % batch_size}\nWe recommend using a `batch_size` "
-                f"that is a factor of `n_steps * n_envs`.\nInfo: (n_steps={hp.n_steps} and n_envs={n_envs})",
-                stacklevel=4,
+                f"that is a factor of `n_steps * n_envs`.\nInfo: (n_steps={hp.n_steps} and n_envs={n_envs})"
             )
 
     def update(self, hp: PPOHparams, metrics: Metrics) -> None:
@@ -91,11 +89,22 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
                     print(f"Early stopping at epoch {epoch}: the KL exceeds 1.5 times target_kl = {hp.target_kl}")
                 break
             if hp.desired_kl is not None:
-                self._adapt_learning_rate(metrics.mean("train/approx_kl"), hp.desired_kl)
-        self._fit_critic(n_critic_epochs - hp.n_epochs, hp.batch_size, hp.vf_coef, hp.max_grad_norm, metrics)
+                self._adapt_learning_rate(hp.desired_kl)
+        if hp.n_critic_epochs is not None:
+            self._fit_critic_further(hp, metrics, n_done=epoch + finished)
         if hp.adaptive_kl_target is not None:
             self._adapt_kl_coef(hp.adaptive_kl_target)
         self._log_settings(hp, epoch + 1)
+
+    def _fit_critic_further(self, hp: PPOHparams, metrics: Metrics, n_done: int) -> None:
+        """The critic's epochs beyond those it shared with the policy."""
+
+        def weighted(values: th.Tensor, batch: RolloutSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+            loss, diagnostics = self._critic_loss(values, batch, hp)
+            return hp.vf_coef * loss, diagnostics
+
+        assert hp.n_critic_epochs is not None
+        self._fit_critic(hp.n_critic_epochs - n_done, hp.batch_size, weighted, hp.max_grad_norm, metrics)
 
     def _epoch(self, hp: PPOHparams, metrics: Metrics, with_critic: bool) -> bool:
         """
@@ -198,9 +207,14 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         elif kl > target * 1.5:
             self._kl_coef_scale *= 2
 
-    def _adapt_learning_rate(self, kl: float, desired: float) -> None:
+    def _adapt_learning_rate(self, desired: float) -> None:
         """Divide the rate by 1.5 above 2·desired, multiply it below desired/2; 1/100 to 10 times the schedule."""
-        before = self._kl_lr_scale
+        buffer, before = cast(TorchRolloutBuffer, self.rollout_buffer), self._kl_lr_scale
+        # Measured after the epoch: the minibatches' own estimates are taken before their steps, the first at π_old.
+        self.policy.set_training_mode(False)
+        _, log_probs = self._evaluate(buffer)
+        self.policy.set_training_mode(True)
+        kl = float(losses.kl_old_new(log_probs - buffer.tensor("log_probs").flatten()))
         if kl > 2 * desired:
             self._kl_lr_scale = max(before / 1.5, 0.01)
         elif kl < desired / 2:

@@ -73,7 +73,8 @@ class RolloutProcessing(_Base):
             info = infos[index]
             if info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
                 final, _ = self.policy.obs_to_tensor(info["terminal_observation"])
-                check_finite_step(map_observations(final, lambda x: x.cpu().numpy()), None, self.num_timesteps)
+                arrays = map_observations(final, lambda x: x.cpu().numpy())
+                check_finite_step(arrays, None, self.num_timesteps // self.n_envs, first_env=int(index))
                 self._rollout_end.add_truncation(step, int(index), final)
 
     def _finish_rollout(self, buffer: RolloutBuffer, hp: PolicyGradientHparams) -> None:
@@ -90,9 +91,9 @@ class RolloutProcessing(_Base):
             self._merge_observations(buffer)
         self._merge_rewards(buffer, hp)
         if isinstance(buffer, TorchRolloutBuffer):
-            self._compute_bootstraps(buffer, hp)
             if first:
-                self._reevaluate(buffer, hp)
+                self._reevaluate(buffer)
+            self._compute_bootstraps(buffer, hp)
             self._compute_advantages(buffer, hp)
             self._update_value_normalizer(buffer, hp)
         else:
@@ -169,12 +170,11 @@ class RolloutProcessing(_Base):
         rest = (buffer.tensor(name) for name in ("values", "next_values", "dones"))
         buffer.set_advantages(ESTIMATORS[hp.advantage_estimator](hp, rewards, *rest))
 
-    def _reevaluate(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
+    def _reevaluate(self, buffer: TorchRolloutBuffer) -> None:
         """Replace V_old and log π_old by those under today's observation statistics."""
         values, log_probs = self._evaluate(buffer)
         buffer.tensor("values").copy_(values.view(buffer.buffer_size, buffer.n_envs))
         buffer.tensor("log_probs").copy_(log_probs.view(buffer.buffer_size, buffer.n_envs))
-        self._compute_bootstraps(buffer, hp)
 
     def _recompute_advantages(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
         """
@@ -251,11 +251,13 @@ class RolloutProcessing(_Base):
 
             w' = w σ/σ',  b' = (σ b + μ − μ') / σ'
         """
-        if not hp.normalize_value_targets:
+        returns = buffer.tensor("returns").flatten()
+        # Non-finite targets are left to the guard on the gradient, which names the cause.
+        if not hp.normalize_value_targets or not bool(returns.isfinite().all()):
             return
         stats = self.value_normalizer
         mean, std = stats.mean.clone(), stats.std()
-        stats.merge(buffer.tensor("returns").flatten())
+        stats.merge(returns)
         layer = value_layer(self.policy)
         with th.no_grad():
             layer.weight.copy_(layer.weight * (std / stats.std()))

@@ -18,6 +18,8 @@ from typing import Any
 
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
+from sb3_pgplus.errors import HyperparameterError
+
 #: What a schedulable argument accepts.
 ScheduleLike = float | str | Callable[[float], float]
 
@@ -83,9 +85,15 @@ def describe_schedule(value: Any) -> Any:
     if isinstance(value, ConstantSchedule):
         return value.val
     if type(value) in _PREFIXES and getattr(value, "end_fraction", 1.0) == 1.0:
-        end = "" if value.end == 0 else f"_{value.end:g}"
-        return f"{_PREFIXES[type(value)]}_{value.start:g}{end}"
+        end = "" if value.end == 0 else f"_{_shortest(value.end)}"
+        return f"{_PREFIXES[type(value)]}_{_shortest(value.start)}{end}"
     return repr(value) if callable(value) else value
+
+
+def _shortest(number: float) -> str:
+    """The shortest text that reads back as the same number."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))
 
 
 def is_constant(schedule: Callable[[float], float]) -> bool:
@@ -101,7 +109,7 @@ def _parse(name: str, text: str) -> float | Callable[[float], float]:
             return _SHAPES[shape](start, end)
         return float(text)
     except ValueError:
-        raise ValueError(
+        raise HyperparameterError(
             f"`{name}` is {text!r}, which is no schedule: write a number, 'lin_<start>', 'lin_<start>_<end>', "
             "'cos_<start>' or 'cos_<start>_<end>'"
         ) from None

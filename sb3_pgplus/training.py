@@ -249,4 +249,4 @@ def _draw(
     try:
         plot_learning_curve(episodes, folder.learning_curve, title=title, subtitle=subtitle)
     except (ImportError, ValueError) as error:
-        console.print(f"[yellow]No {folder.learning_curve.name}: {escape(str(error))}")
+        console.print(f"[yellow]No {folder.learning_curve.name}: {escape(str(error))}", soft_wrap=True)

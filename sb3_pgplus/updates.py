@@ -1,13 +1,13 @@
 """The part of the base class that changes parameters: one gradient step, the critic's own epochs, what is logged."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
 from torch import nn
 
-from sb3_pgplus.core.losses import explained_variance, value_loss
+from sb3_pgplus.core.losses import explained_variance
 from sb3_pgplus.errors import NonFiniteUpdateError
 from sb3_pgplus.guards import likely_cause
 from sb3_pgplus.metrics import Metrics
@@ -19,15 +19,15 @@ else:
     _Base = object
 
 
+CriticLoss = Callable[[th.Tensor, Any], tuple[th.Tensor, dict[str, th.Tensor]]]
+
+
 class GradientUpdates(_Base):
     """Steps of the optimiser with the non-finite guard."""
 
     max_nonfinite_updates: int
     _nonfinite_updates: int
     _nonfinite_in_a_row: int
-
-    def _normalized(self, values: th.Tensor) -> th.Tensor:
-        raise NotImplementedError
 
     def _gradient_step(
         self, loss: th.Tensor, batch: Any, parameters: list[nn.Parameter], max_grad_norm: float | None
@@ -70,16 +70,21 @@ class GradientUpdates(_Base):
             )
 
     def _fit_critic(
-        self, n_epochs: int, batch_size: int | None, vf_coef: float, max_grad_norm: float | None, metrics: Metrics
+        self,
+        n_epochs: int,
+        batch_size: int | None,
+        critic_loss: CriticLoss,
+        max_grad_norm: float | None,
+        metrics: Metrics,
     ) -> None:
         """
         Epochs on the critic's loss alone. Only parameters that the actor does not use are moved.
 
         :param n_epochs: passes over the rollout
         :param batch_size: samples per minibatch; None: all
-        :param vf_coef: weight of the loss
+        :param critic_loss: loss and metrics of values ``[B]`` on a minibatch
         :param max_grad_norm: largest gradient norm, or None
-        :param metrics: collects ``train/value_loss``
+        :param metrics: collects the loss's
         """
         if n_epochs < 1:
             return
@@ -89,9 +94,9 @@ class GradientUpdates(_Base):
         for _ in range(n_epochs):
             for batch in self.rollout_buffer.get(batch_size):
                 values = self.policy.predict_values(batch.observations).flatten()
-                loss = value_loss(values, self._normalized(batch.returns))
-                self._gradient_step(vf_coef * loss, batch, own, max_grad_norm)
-                metrics.add({"train/value_loss": loss})
+                loss, diagnostics = critic_loss(values, batch)
+                self._gradient_step(loss, batch, own, max_grad_norm)
+                metrics.add(diagnostics)
 
     def _log_update(self, metrics: Metrics) -> None:
         """Write what an update collected, and what the whole rollout tells, under SB3's keys."""

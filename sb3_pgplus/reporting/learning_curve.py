@@ -135,7 +135,7 @@ def _draw_episodes(axes: Axes, episodes: Episodes) -> None:
     mean, std = smooth(returns, window)
     shown = np.unique(np.linspace(0, len(episodes) - 1, min(len(episodes), MAX_DOTS)).astype(int))
     x, y = steps[shown], returns[shown]
-    axes.plot(x, y, ".", color=GREY, markersize=2.5, alpha=0.45, markeredgewidth=0, label="one episode")
+    axes.plot(x, y, ".", color=GREY, markersize=4, alpha=0.55, markeredgewidth=0, label="one episode")
     low, high = mean - std, mean + std
     axes.fill_between(steps, low, high, color=BLUE, alpha=0.18, linewidth=0, label="± 1 standard deviation")
     axes.plot(steps, mean, color=BLUE, linewidth=2.0, label=f"mean of the last {window} episodes")
@@ -154,4 +154,4 @@ def _decorate(axes: Axes, title: str, subtitle: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
-    axes.legend(frameon=False, fontsize=8, loc="best", markerscale=3)
+    axes.legend(frameon=False, fontsize=8, loc="best", markerscale=2)

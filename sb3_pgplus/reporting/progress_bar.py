@@ -98,6 +98,7 @@ class TrainingProgress(BaseCallback):
             _StepsColumn(),
             _SpeedColumn(),
             TextColumn("[green]return {task.fields[recent_return]}"),
+            TextColumn("[progress.remaining]ETA"),
             TimeRemainingColumn(compact=True),
             console=console,
             speed_estimate_period=60.0,
