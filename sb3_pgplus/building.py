@@ -80,7 +80,7 @@ class ModelBuilding(_Base):
         return buffer
 
     def _check_foreign_buffer(self, hp: PolicyGradientHparams, buffer: RolloutBuffer) -> None:
-        wanted = [name for name in self.needs_torch_buffer if getattr(hp, name) not in (None, False)]
+        wanted = [name for name in self.needs_torch_buffer if getattr(hp, name) not in (None, False, "auto")]
         if hp.advantage_estimator != "gae":
             wanted.append("advantage_estimator")
         if wanted:
@@ -107,17 +107,20 @@ class ModelBuilding(_Base):
 
     def _policy_arguments(self, hp: PolicyGradientHparams) -> dict[str, Any]:
         """``policy_kwargs`` together with the flat hyperparameters that concern the policy."""
-        given = {name: getattr(hp, name) for name in ("ortho_init", "log_std_init", "activation_fn")}
-        flat = {name: ACTIVATION_CLASSES.get(value, value) for name, value in given.items() if value is not None}
-        kwargs = dict(self.policy_kwargs)
-        for name in flat.keys() & kwargs.keys():
-            if flat[name] != kwargs[name]:
+        kwargs, defaults = dict(self.policy_kwargs), hp.defaults()
+        for name in ("ortho_init", "log_std_init", "activation_fn"):
+            value, is_default = getattr(hp, name), getattr(hp, name) == defaults[name]
+            value = ACTIVATION_CLASSES.get(value, value)
+            # What the user writes in policy_kwargs goes before a default; two things that were both written must agree.
+            if value is None or (is_default and (name in kwargs or not _accepts(self.policy_class, name))):
+                continue
+            if kwargs.setdefault(name, value) != value:
                 raise HyperparameterError(
-                    f"`{name}`={given[name]!r} contradicts policy_kwargs[{name!r}]={kwargs[name]!r}: give one of them"
+                    f"`{name}`={getattr(hp, name)!r} contradicts policy_kwargs[{name!r}]={kwargs[name]!r}: give one"
                 )
         if hp.adam_eps is not None:
             kwargs["optimizer_kwargs"] = self._with_eps(kwargs, hp.adam_eps)
-        return {**kwargs, **flat}
+        return kwargs
 
     @staticmethod
     def _with_eps(policy_kwargs: dict[str, Any], eps: float) -> dict[str, Any]:
@@ -141,6 +144,12 @@ class ModelBuilding(_Base):
         optimizer_class: Any = policy.optimizer_class
         groups = [{"params": actor}, {"params": critic}]
         policy.optimizer = optimizer_class(groups, lr=self.lr_schedule(1), **policy.optimizer_kwargs)
+
+
+def _accepts(policy_class: type[Any], name: str) -> bool:
+    """Whether a policy's constructor takes an argument of that name."""
+    parameters = inspect.signature(policy_class).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def normalized_outside(env: VecEnv | None) -> dict[str, bool]:

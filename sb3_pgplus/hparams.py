@@ -165,7 +165,7 @@ class PolicyGradientHparams:
         None, ACTIVATIONS, "Activation; None: the policy's default (tanh in SB3's).", optional=True
     )
     log_std_init: float | None = _number(
-        None, "Initial log standard deviation; None: the policy's default (0 in SB3's).", optional=True
+        -0.5, "Initial log standard deviation; None: the policy's default (0 in SB3's).", optional=True
     )
     adam_eps: float | None = _number(
         None,
@@ -241,7 +241,7 @@ class ActorCriticHparams(PolicyGradientHparams):
 
 @dataclass(frozen=True, kw_only=True)
 class PPOHparams(ActorCriticHparams):
-    """Hyperparameters of PPOPlus. The defaults switch on all tricks of the lecture."""
+    """Hyperparameters of PPOPlus. The defaults switch on all tricks of the lecture and two beyond it."""
 
     batch_size: int = _integer(64, "Samples per minibatch (B).", minimum=1)
     n_epochs: int = _integer(10, "Passes over each rollout.", minimum=1)
@@ -280,7 +280,11 @@ class PPOHparams(ActorCriticHparams):
         exclusive_minimum=True,
         optional=True,
     )
-    recompute_advantages: bool = _switch(False, "Recompute values and advantages before every epoch but the first.")
+    recompute_advantages: bool | str = _choice(
+        "auto",
+        ("auto", True, False),
+        "Recompute values and advantages before every epoch but the first. 'auto': unless the rollout buffer is SB3's.",
+    )
     n_critic_epochs: int | None = _integer(
         None,
         "Passes for the critic; None: `n_epochs`. Further ones train only its own parameters.",

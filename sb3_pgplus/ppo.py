@@ -79,8 +79,9 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         if hp.kl_coef is not None:
             self._store_old_distribution()
         for epoch in range(hp.n_epochs):
-            if hp.recompute_advantages and epoch > 0:
-                self._recompute_advantages(cast(TorchRolloutBuffer, self.rollout_buffer), hp)
+            # "auto" is on wherever it can be; True was refused at set-up where it cannot.
+            if hp.recompute_advantages and epoch > 0 and isinstance(self.rollout_buffer, TorchRolloutBuffer):
+                self._recompute_advantages(self.rollout_buffer, hp)
             metrics.restart("train/approx_kl")
             finished = self._epoch(hp, metrics, with_critic=epoch < n_critic_epochs)
             self._n_updates += 1

@@ -64,7 +64,7 @@ KNOBS: dict[str, tuple[Any, dict[str, Any]]] = {
     "kl_coef": (10.0, {}),
     "adaptive_kl_target": (1e-6, {"kl_coef": 1.0}),
     "desired_kl": (1e-8, {}),
-    "recompute_advantages": (True, {}),
+    "recompute_advantages": (False, {}),
     "n_critic_epochs": (4, {}),
 }
 
