@@ -24,9 +24,9 @@ SCHEDULED = ["learning_rate", "critic_learning_rate", "ent_coef", "vf_coef", "ma
 SCHEDULED += ["clip_range_vf", "target_kl", "kl_coef"]
 INTEGERS = ["n_steps", "batch_size", "n_epochs", "n_step_horizon", "max_nonfinite_updates"]
 OPTIONAL_INTEGERS = ["schedule_timesteps", "n_critic_epochs"]
-SWITCHES = ["normalize_advantage", "bootstrap_truncated", "normalize_value_targets", "recompute_advantages"]
-SWITCHES += ["sb3_exact", "ortho_init"]
+SWITCHES = ["normalize_advantage", "bootstrap_truncated", "normalize_value_targets", "sb3_exact", "ortho_init"]
 CHOICES = ["advantage_estimator", "normalize_observations", "normalize_rewards", "activation_fn", "value_clip"]
+CHOICES += ["recompute_advantages"]
 #: Names that `load` refuses whatever the value is, if it is another one.
 FIXED = ("normalize_observations", "normalize_rewards", "normalize_value_targets", "activation_fn")
 
