@@ -115,7 +115,8 @@ class TrainingProgress(BaseCallback):
 
     def _on_step(self) -> bool:
         now = time.perf_counter()
-        if now >= self._next_refresh:  # a refresh costs more than an environment step
+        # A bar is redrawn now and then, since that costs more than an environment step; lines come by steps alone.
+        if not self._console.is_terminal or now >= self._next_refresh:
             self._next_refresh = now + REFRESH_SECONDS
             self._show(now)
         return True

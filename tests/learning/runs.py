@@ -2,7 +2,8 @@
 Trainings whose results are kept: a finished one is stored at once, and a later call continues with what is missing.
 
 Ours are stored under a digest of the package's sources, so a result never outlives the code that gave it; SB3's under
-its version. Run as a script to compute some of them ahead: ``python tests/learning/runs.py sb3 HalfCheetah-v5 0 1 2``.
+its version and settings. Run as a script to compute some of them ahead:
+``python tests/learning/runs.py sb3 HalfCheetah-v5 0 1 2``.
 """
 
 import hashlib
@@ -37,13 +38,14 @@ def mean_return(algorithm: str, env_id: str, seed: int) -> float:
     """
     Deterministic mean return after training, from the store or from a run made now.
 
-    :param algorithm: ``"sb3"``: SB3's PPO with VecNormalize, rate and clip annealed as ours; ``"defaults"``: the
+    :param algorithm: ``"sb3"``: SB3's PPO with VecNormalize and ``SAME_SETTINGS``; ``"defaults"``: the
         bare constructor; ``"zoo"``: the settings of ``zoo_configs/ppoplus.yml``
     :param env_id: a key of ``STEPS``
     :param seed: of everything
     :return: mean over the evaluation's episodes
     """
-    digest = f"sb3-{stable_baselines3.__version__}" if algorithm == "sb3" else source_digest()
+    settings = hashlib.sha256(repr(SAME_SETTINGS).encode()).hexdigest()[:8]
+    digest = f"sb3-{stable_baselines3.__version__}-{settings}" if algorithm == "sb3" else source_digest()
     path = STORE / f"{algorithm}_{env_id}_{seed}_{STEPS[env_id]}_{digest}.json"
     if not path.exists():
         started = time.perf_counter()
@@ -68,10 +70,18 @@ def source_digest() -> str:
 _NOT_TRAINING = {"cli.py", "playing.py", "run_folder.py", "learning_curve.py", "training.py", "environments.py"}
 
 
+#: Our defaults as far as SB3 has the argument; the rest of them are SB3's own defaults too.
+SAME_SETTINGS: dict[str, Any] = {
+    "learning_rate": LinearSchedule(3e-4, 0, 1.0),
+    "clip_range": LinearSchedule(0.2, 0, 1.0),
+    "clip_range_vf": 0.2,
+    "policy_kwargs": {"log_std_init": -0.5},
+}
+
+
 def train_sb3(env_id: str, seed: int) -> list[float]:
     env = VecNormalize(make_vec_env(env_id, 1, seed=seed))
-    schedules = {"learning_rate": LinearSchedule(3e-4, 0, 1.0), "clip_range": LinearSchedule(0.2, 0, 1.0)}
-    model = PPO("MlpPolicy", env, seed=seed, device="cpu", **schedules).learn(STEPS[env_id])
+    model = PPO("MlpPolicy", env, seed=seed, device="cpu", **SAME_SETTINGS).learn(STEPS[env_id])
     evaluation = VecNormalize(make_vec_env(env_id, 1, seed=EVALUATION_SEED), training=False, norm_reward=False)
     evaluation.obs_rms = env.obs_rms
     return evaluate(model, evaluation)
