@@ -17,7 +17,15 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
-from sb3_pgplus.core.distributions import kl_bernoulli, kl_categorical, kl_normal
+from sb3_pgplus.core.distributions import (
+    fisher_bernoulli,
+    fisher_categorical,
+    fisher_normal,
+    kl_bernoulli,
+    kl_categorical,
+    kl_normal,
+)
+from sb3_pgplus.core.natural_gradient import MatVec, flatten, unflatten
 from sb3_pgplus.core.running_stats import Moments, merge_moments, moments_of
 
 #: Names of the ``activation_fn`` argument.
@@ -228,7 +236,11 @@ def observation_normalizer(policy: nn.Module) -> ObservationNormalizer | None:
     return found if isinstance(found, ObservationNormalizer) else None
 
 
-def distribution_parameters(distribution: Distribution) -> tuple[th.Tensor, ...]:
+#: Parameters of an action distribution: mean and std, or logits.
+Parameters = tuple[th.Tensor, ...]
+
+
+def distribution_parameters(distribution: Distribution) -> Parameters:
     """
     What a closed-form KL needs to know about SB3's action distribution, without gradient.
 
@@ -239,7 +251,7 @@ def distribution_parameters(distribution: Distribution) -> tuple[th.Tensor, ...]
     return tuple(p.detach() for p in _parameters(distribution))
 
 
-def kl_old_new(old_parameters: tuple[th.Tensor, ...], distribution: Distribution) -> th.Tensor:
+def kl_old_new(old_parameters: Parameters, distribution: Distribution) -> th.Tensor:
     """
     Closed-form KL(π_old‖π_θ) of each state in nats.
 
@@ -248,17 +260,46 @@ def kl_old_new(old_parameters: tuple[th.Tensor, ...], distribution: Distribution
     :return: ``[B]``
     :raises TypeError: on a distribution without a known closed form
     """
+    return _kl(distribution, old_parameters, _parameters(distribution))
+
+
+def kl_new_old(old_parameters: Parameters, distribution: Distribution) -> th.Tensor:
+    """:func:`kl_old_new` the other way round, KL(π_θ‖π_old): what sb3-contrib's TRPO bounds."""
+    return _kl(distribution, _parameters(distribution), old_parameters)
+
+
+def _kl(distribution: Distribution, first: Parameters, second: Parameters) -> th.Tensor:
     inner: Any = distribution.distribution
-    parameters = _parameters(distribution)
     if isinstance(inner, Normal):
-        return kl_normal(*old_parameters, *parameters)
+        return kl_normal(*first, *second)
     if isinstance(inner, Bernoulli):
-        return kl_bernoulli(*old_parameters, *parameters)
-    terms = [kl_categorical(old, new) for old, new in zip(old_parameters, parameters, strict=True)]
-    return th.stack(terms).sum(dim=0)
+        return kl_bernoulli(*first, *second)
+    return th.stack([kl_categorical(p, q) for p, q in zip(first, second, strict=True)]).sum(dim=0)
 
 
-def _parameters(distribution: Distribution) -> tuple[th.Tensor, ...]:
+def fisher_outputs(distribution: Distribution) -> tuple[Parameters, MatVec]:
+    """
+    What :func:`sb3_pgplus.core.natural_gradient.fisher_vector_product` needs to know about a policy's distribution.
+
+    :param distribution: π_θ on B states, with its graph
+    :return: its parameters y, each ``[B, ...]``, and the product with their Fisher matrix, on y flattened and joined
+    :raises TypeError: on a distribution without a known closed form
+    """
+    outputs = _parameters(distribution)
+    fixed = tuple(output.detach() for output in outputs)
+    kind = type(distribution.distribution)
+
+    def metric(dy: th.Tensor) -> th.Tensor:
+        changes = unflatten(dy, fixed)
+        if issubclass(kind, Normal):
+            return flatten(fisher_normal(fixed[1], *changes))
+        fisher = fisher_bernoulli if issubclass(kind, Bernoulli) else fisher_categorical
+        return flatten([fisher(logits, change) for logits, change in zip(fixed, changes, strict=True)])
+
+    return outputs, metric
+
+
+def _parameters(distribution: Distribution) -> Parameters:
     inner: Any = distribution.distribution
     if isinstance(inner, Normal):
         return inner.loc, inner.scale

@@ -56,3 +56,47 @@ def kl_bernoulli(old_logits: th.Tensor, logits: th.Tensor) -> th.Tensor:
     ones = F.logsigmoid(old_logits) - F.logsigmoid(logits)
     zeros = F.logsigmoid(-old_logits) - F.logsigmoid(-logits)
     return (old_probs * ones + (1 - old_probs) * zeros).sum(dim=-1)
+
+
+# --- Fisher matrices of a distribution in its own parameters, as products --------------------------------------------
+
+
+def fisher_normal(std: th.Tensor, d_mean: th.Tensor, d_std: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Diagonal Gaussians in (μ, σ): ``M = diag(1/σ², 2/σ²)``.
+
+    :param std: σ, ``[B, A]``
+    :param d_mean: change of μ, ``[B, A]``
+    :param d_std: change of σ, ``[B, A]``
+    :return: M times the change, ``[B, A]`` each
+    :raises ValueError: on different shapes
+    """
+    check_same_shape(std=std, d_mean=d_mean, d_std=d_std)
+    return d_mean / std**2, 2 * d_std / std**2
+
+
+def fisher_categorical(logits: th.Tensor, d_logits: th.Tensor) -> th.Tensor:
+    """
+    Categorical in its logits: ``M = diag(p) − p pᵀ``.
+
+    :param logits: ``[B, K]``, need not be normalised
+    :param d_logits: their change, ``[B, K]``
+    :return: M times the change, ``[B, K]``
+    :raises ValueError: on different shapes
+    """
+    check_same_shape(logits=logits, d_logits=d_logits)
+    weighted = F.softmax(logits, dim=-1) * d_logits
+    return weighted - F.softmax(logits, dim=-1) * weighted.sum(dim=-1, keepdim=True)
+
+
+def fisher_bernoulli(logits: th.Tensor, d_logits: th.Tensor) -> th.Tensor:
+    """
+    Independent Bernoullis in their logits: ``M = diag(p (1 − p))``.
+
+    :param logits: ``[B, A]``
+    :param d_logits: their change, ``[B, A]``
+    :return: M times the change, ``[B, A]``
+    :raises ValueError: on different shapes
+    """
+    check_same_shape(logits=logits, d_logits=d_logits)
+    return th.sigmoid(logits) * th.sigmoid(-logits) * d_logits
