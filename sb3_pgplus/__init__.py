@@ -1,9 +1,11 @@
 """Policy-gradient algorithms for Stable-Baselines3: ``from sb3_pgplus import PPOPlus``."""
 
 from sb3_pgplus import presets
+from sb3_pgplus.a2c import A2CPlus
 from sb3_pgplus.buffers import TorchDictRolloutBuffer, TorchRolloutBuffer
 from sb3_pgplus.ppo import PPOPlus
+from sb3_pgplus.trpo import TRPOPlus
 
 __version__ = "0.1.0"
 
-__all__ = ["PPOPlus", "TorchDictRolloutBuffer", "TorchRolloutBuffer", "__version__", "presets"]
+__all__ = ["A2CPlus", "PPOPlus", "TRPOPlus", "TorchDictRolloutBuffer", "TorchRolloutBuffer", "__version__", "presets"]

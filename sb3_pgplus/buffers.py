@@ -5,7 +5,7 @@ A rollout is stored time-major, ``[T, N, ...]``, and flattened environment-major
 which SB3 shuffles, so that the same permutation picks the same samples.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -223,20 +223,22 @@ class TorchRolloutBuffer(RolloutBuffer):
         """
         return map_observations(self.tensor(name), lambda tensor: tensor.transpose(0, 1).flatten(0, 1))
 
-    def get(self, batch_size: int | None = None) -> Generator[RolloutSamples, None, None]:  # type: ignore[override]
+    def get(  # type: ignore[override]  # yields our samples, takes more
+        self, batch_size: int | None = None, *, observations: th.Tensor | None = None
+    ) -> Generator[RolloutSamples, None, None]:
         """
         One epoch of minibatches without replacement: a single shuffled gather, then views of it.
 
         :param batch_size: B; None gives one batch of everything
+        :param observations: what takes the place of the stored observations, ``[T·N, ...]`` environment-major
         :return: minibatches of B samples, the last one smaller if B does not divide T·N
         """
         assert self.full, "the rollout is not complete"
         n_samples = self.buffer_size * self.n_envs
-        shuffled = self._gather(np.random.permutation(n_samples))
-        for start in range(0, n_samples, batch_size or n_samples):
-            yield _slice(shuffled, start, start + (batch_size or n_samples))
+        samples = self._gather(np.random.permutation(n_samples), observations)
+        yield from _split(samples, batch_size or n_samples)
 
-    def _gather(self, indices: np.ndarray[Any, Any]) -> RolloutSamples:
+    def _gather(self, indices: np.ndarray[Any, Any], observations: th.Tensor | None) -> RolloutSamples:
         # Storage is time-major: sample n·T + t lies in row t·N + n.
         envs, steps = np.divmod(indices, self.buffer_size)
         rows = th.as_tensor(steps * self.n_envs + envs, device=self.device)
@@ -246,7 +248,7 @@ class TorchRolloutBuffer(RolloutBuffer):
             return map_observations(self.tensor(name), lambda tensor: tensor.flatten(0, 1).index_select(0, rows))
 
         return RolloutSamples(
-            observations=pick("observations"),
+            observations=pick("observations") if observations is None else observations.index_select(0, order),
             actions=pick("actions"),
             old_values=pick("values"),
             old_log_prob=pick("log_probs"),
@@ -340,16 +342,20 @@ def cat_observations(observations: list[Any]) -> Any:
     return th.cat(observations)
 
 
-def _slice(samples: RolloutSamples, start: int, stop: int) -> RolloutSamples:
-    def cut(tensor: th.Tensor) -> th.Tensor:
-        return tensor[start:stop]
+def split_observations(observations: Any, size: int) -> list[Any]:
+    """Cut a batch of observations ``[B, ...]`` into views of at most ``size`` samples."""
+    if not isinstance(observations, dict):
+        return list(observations.split(size))
+    pieces = {key: tensor.split(size) for key, tensor in observations.items()}
+    n_pieces = len(next(iter(pieces.values())))
+    return [{key: piece[i] for key, piece in pieces.items()} for i in range(n_pieces)]
 
-    return RolloutSamples(
-        observations=map_observations(samples.observations, cut),
-        actions=cut(samples.actions),
-        old_values=cut(samples.old_values),
-        old_log_prob=cut(samples.old_log_prob),
-        advantages=cut(samples.advantages),
-        returns=cut(samples.returns),
-        old_distribution=tuple(map(cut, samples.old_distribution)),
-    )
+
+def _split(samples: RolloutSamples, size: int) -> Iterator[RolloutSamples]:
+    """Cut samples into views of at most ``size`` of them."""
+    observations = split_observations(samples.observations, size)
+    fields = [tensor.split(size) for tensor in samples[1:6]]
+    old_distribution = [tensor.split(size) for tensor in samples.old_distribution]
+    for i, piece in enumerate(observations):
+        extras = tuple(extra[i] for extra in old_distribution)
+        yield RolloutSamples._make((piece, *(field[i] for field in fields), extras))

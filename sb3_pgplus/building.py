@@ -13,6 +13,7 @@ from sb3_pgplus.buffers import TorchDictRolloutBuffer, TorchRolloutBuffer
 from sb3_pgplus.construction import locate_class
 from sb3_pgplus.errors import HyperparameterError, warn_user
 from sb3_pgplus.hparams import PolicyGradientHparams
+from sb3_pgplus.optimizers import fuse
 from sb3_pgplus.policies import (
     ACTIVATION_CLASSES,
     critic_only_parameters,
@@ -101,8 +102,10 @@ class ModelBuilding(_Base):
         ).to(self.device)
         if hp.normalize_value_targets:
             value_layer(policy)
-        if hp.critic_learning_rate is not None:
+        if getattr(hp, "critic_learning_rate", None) is not None:
             self._split_optimizer(policy)
+        if not hp.sb3_exact:
+            fuse(policy.optimizer)
         return policy
 
     def _policy_arguments(self, hp: PolicyGradientHparams) -> dict[str, Any]:

@@ -30,7 +30,6 @@ RUN_KEYS = ("algo", "env", "seed", "n_envs", "n_timesteps", "policy")
 ENVIRONMENT_KEYS = ("env_kwargs", "env_wrapper", "frame_stack")
 IGNORED_KEYS = ("made_with",)
 UNSUPPORTED_KEYS = ("callback", "monitor_kwargs", "vec_env_wrapper")
-DEFAULT_N_ENVS = 1
 DEFAULT_N_TIMESTEPS = 1_000_000
 
 
@@ -177,6 +176,15 @@ def algorithm_class(name: str) -> type[PolicyGradientPlus[Any]]:
         raise ConfigError(f"unknown algorithm {name!r}{nearest(name.lower(), known)}; known: {', '.join(known)}")
     found: type[PolicyGradientPlus[Any]] = getattr(importlib.import_module("sb3_pgplus"), ALGORITHMS[name.lower()])
     return found
+
+
+def default_n_envs(algo: str) -> int:
+    """
+    How many environments the algorithm's constructor makes by itself.
+
+    :param algo: name of the algorithm
+    """
+    return int(algorithm_class(algo).hparams_class.defaults()["n_envs"])
 
 
 def packaged_config(algo: str) -> Path:
@@ -377,7 +385,7 @@ def _settings_from(block: dict[str, Any], source: str) -> RunSettings:
         algo=block["algo"],
         environment=EnvironmentSpec.from_settings(block),
         seed=whole_number("seed", block.get("seed", 0), minimum=0),
-        n_envs=whole_number("n_envs", block.get("n_envs", DEFAULT_N_ENVS)),
+        n_envs=whole_number("n_envs", block.get("n_envs", default_n_envs(block["algo"]))),
         n_timesteps=whole_number("n_timesteps", block.get("n_timesteps", DEFAULT_N_TIMESTEPS)),
         policy=policy,
         hyperparameters=normalization_switches(block.get("normalize")) | hyperparameters,

@@ -130,7 +130,13 @@ class PolicyGradientHparams:
     n_steps: int = _integer(2048, "Steps per environment and rollout (T).", minimum=1)
     gamma: float = _number(0.99, "Discount factor γ.", minimum=0, maximum=1)
     gae_lambda: float = _number(0.95, "λ of GAE: bias (0) against variance (1).", minimum=0, maximum=1)
-    normalize_advantage: bool = _switch(True, "Normalise advantages: PPO per minibatch.")
+    normalize_advantage: bool = _switch(True, "Normalise advantages: PPO per minibatch, A2C and TRPO per rollout.")
+    n_envs: int = _integer(1, "Environments to make where `env` is an id; otherwise `env` decides.", minimum=1)
+
+    ent_coef: float = _scheduled(0.0, "Weight of the entropy bonus.", minimum=0)
+    max_grad_norm: float | None = _scheduled(
+        0.5, "Largest global gradient norm; None: no clipping.", minimum=0, exclusive_minimum=True, optional=True
+    )
 
     advantage_estimator: str = _choice("gae", ADVANTAGE_ESTIMATORS, "Estimator Ψ of the advantage.")
     n_step_horizon: int = _integer(5, "n of `advantage_estimator='n_step'`, in steps.", minimum=1)
@@ -154,9 +160,6 @@ class PolicyGradientHparams:
     )
     normalize_value_targets: bool = _switch(
         False, "The critic predicts returns normalised by their running mean and std."
-    )
-    critic_learning_rate: float | None = _scheduled(
-        None, "Step size of parameters only the critic uses; None: `learning_rate`.", minimum=0, optional=True
     )
     ortho_init: bool | None = _number(
         None, "Orthogonal initialisation; None: the policy's default (on in SB3's).", kind=bool, optional=True
@@ -230,24 +233,19 @@ class PolicyGradientHparams:
 
 @dataclass(frozen=True, kw_only=True)
 class ActorCriticHparams(PolicyGradientHparams):
-    """What A2C and PPO add: one loss of actor, critic and entropy, one optimiser."""
+    """What A2C and PPO add: one loss of actor and critic, one optimiser."""
 
-    ent_coef: float = _scheduled(0.0, "Weight of the entropy bonus.", minimum=0)
     vf_coef: float = _scheduled(0.5, "Weight of the critic's loss.", minimum=0)
-    max_grad_norm: float | None = _scheduled(
-        0.5, "Largest global gradient norm; None: no clipping.", minimum=0, exclusive_minimum=True, optional=True
+    critic_learning_rate: float | None = _scheduled(
+        None, "Step size of parameters only the critic uses; None: `learning_rate`.", minimum=0, optional=True
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOHparams(ActorCriticHparams):
-    """Hyperparameters of PPOPlus. The defaults switch on all tricks of the lecture and two beyond it."""
+class MinibatchHparams(PolicyGradientHparams):
+    """What PPO and TRPO add: minibatches, and a critic that takes many steps on one rollout."""
 
     batch_size: int = _integer(64, "Samples per minibatch (B).", minimum=1)
-    n_epochs: int = _integer(10, "Passes over each rollout.", minimum=1)
-    clip_range: float | None = _scheduled(
-        "lin_0.2", "ε of the ratio clip; None: no clip.", minimum=0, exclusive_minimum=True, optional=True
-    )
     clip_range_vf: float | None = _scheduled(
         0.2,
         "ε̂ of the critic's clip, in units of the normalised return; None: no clip.",
@@ -259,6 +257,40 @@ class PPOHparams(ActorCriticHparams):
         "max",
         ("max", "clipped_only"),
         "'max': the larger of plain and clipped squared error; 'clipped_only': SB3's, the clipped one alone.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class A2CHparams(ActorCriticHparams):
+    """Hyperparameters of A2CPlus."""
+
+    learning_rate: float = _scheduled("lin_7e-4", "Step size of the optimiser.", minimum=0)
+    n_steps: int = _integer(8, "Steps per environment and rollout (T).", minimum=1)
+    n_envs: int = _integer(16, "Environments to make where `env` is an id; otherwise `env` decides.", minimum=1)
+    normalize_advantage: bool = _switch(False, "Normalise advantages over the rollout.")
+    use_rms_prop: bool | str = _choice(
+        True,
+        (True, False, "tf_like"),
+        "Optimiser: RMSprop as torch has it (True) or as TensorFlow has it ('tf_like': ε inside the root, first "
+        "accumulator 1), Adam (False). An `optimizer_class` in policy_kwargs goes first.",
+    )
+    rms_prop_eps: float = _number(1e-5, "ε of RMSprop.", minimum=0, exclusive_minimum=True)
+
+    def __post_init__(self) -> None:
+        if self.adam_eps is not None and self.use_rms_prop:
+            raise HyperparameterError(
+                f"`adam_eps`={self.adam_eps} is for Adam, but `use_rms_prop`={self.use_rms_prop!r}: set it to False, "
+                "or use `rms_prop_eps`"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOHparams(MinibatchHparams, ActorCriticHparams):
+    """Hyperparameters of PPOPlus. The defaults switch on all tricks of the lecture and two beyond it."""
+
+    n_epochs: int = _integer(10, "Passes over each rollout.", minimum=1)
+    clip_range: float | None = _scheduled(
+        "lin_0.2", "ε of the ratio clip; None: no clip.", minimum=0, exclusive_minimum=True, optional=True
     )
     target_kl: float | None = _scheduled(
         None, "Stop the epochs once the KL exceeds 1.5 times this.", minimum=0, exclusive_minimum=True, optional=True
@@ -302,6 +334,38 @@ class PPOHparams(ActorCriticHparams):
             raise HyperparameterError(
                 f"`adaptive_kl_target`={self.adaptive_kl_target} adapts `kl_coef`, which is None: give it a start value"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TRPOHparams(MinibatchHparams):
+    """Hyperparameters of TRPOPlus. ``learning_rate``, ``batch_size`` and ``max_grad_norm`` are the critic's."""
+
+    learning_rate: float = _scheduled("lin_1e-3", "Step size of the critic's optimiser.", minimum=0)
+    batch_size: int = _integer(128, "Samples per minibatch of the critic (B).", minimum=1)
+    max_grad_norm: float | None = _scheduled(
+        0.5, "Largest gradient norm of the critic; None: no clipping.", minimum=0, exclusive_minimum=True, optional=True
+    )
+    log_std_init: float | None = _number(
+        None, "Initial log standard deviation; None: the policy's default (0 in SB3's).", optional=True
+    )
+    n_critic_updates: int = _integer(20, "Passes of the critic over each rollout.", minimum=0)
+    target_kl: float = _scheduled(
+        0.01, "δ, the trust region: largest mean KL(π_old‖π_θ) of an update.", minimum=0, exclusive_minimum=True
+    )
+    cg_max_steps: int = _integer(15, "Most conjugate-gradient steps.", minimum=1)
+    cg_tol: float = _number(1e-5, "Relative residual at which conjugate gradient ends.", minimum=0)
+    cg_damping: float = _number(0.1, "η of the damped Fisher matrix F + ηI.", minimum=0)
+    line_search: bool = _switch(
+        True, "Shrink the step until the surrogate improves within the trust region; False: natural policy gradient."
+    )
+    line_search_shrinking_factor: float = _number(
+        0.8, "Factor between two candidates of the line search.", minimum=0.01, maximum=0.99
+    )
+    line_search_max_iter: int = _integer(10, "Most candidates of the line search.", minimum=1)
+    sub_sampling_factor: int = _integer(1, "The policy's step uses every k-th sample of the rollout.", minimum=1)
+    fisher_sub_sampling_factor: int = _integer(
+        1, "Fisher products use every k-th of those samples; surrogate and KL use them all.", minimum=1
+    )
 
 
 def _specs(cls: type[PolicyGradientHparams]) -> dict[str, Spec]:

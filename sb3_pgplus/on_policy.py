@@ -14,6 +14,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
@@ -83,7 +84,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         set_up = plumbing.pop("_init_setup_model")
         super().__init__(
             policy,
-            env,  # type: ignore[arg-type]  # SB3 takes None too
+            make_environments(env, arguments.pop("n_envs")),  # type: ignore[arg-type]  # SB3 takes None too
             **{name: arguments.get(name, 0.0) for name in _SB3_HPARAMS},
             supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
             _init_setup_model=False,
@@ -99,7 +100,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         # What "auto" came to: a loaded model must not depend on the environment it is loaded with.
         self._normalizes_observations: bool | None = None
         self._normalizes_rewards: bool | None = None
-        self._observations_merged = False
+        self._observations_merged = True
         self._carried_returns: list[float] = []
         self._rollout_started_at = 0
         self._kl_lr_scale = 1.0
@@ -168,7 +169,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         self.logger.record("train/learning_rate", rate)
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             update_learning_rate(optimizer, rate)
-        critic_rate = self.hyperparameters_at(progress).critic_learning_rate
+        critic_rate = getattr(self.hyperparameters_at(progress), "critic_learning_rate", None)
         if critic_rate is not None:
             if len(self.policy.optimizer.param_groups) < 2:
                 raise HyperparameterError("`critic_learning_rate` was None at construction: set it there")
@@ -204,6 +205,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
             self._warn_about_short_learns()
         name = tb_log_name or type(self).__name__
         super().learn(steps, callback, cast(int, log_interval), name, reset_num_timesteps, progress_bar)
+        self._merge_observations(self.rollout_buffer)
         return self
 
     def _warn_about_short_learns(self) -> None:
@@ -262,6 +264,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         # Batch norm and dropout in their evaluation mode.
         self.policy.set_training_mode(False)
         n_steps = 0
+        self._merge_observations(rollout_buffer)  # those of the last rollout, now that its update is over
         rollout_buffer.reset()
         self._rollout_end = RolloutEnd()
         self._rollout_started_at = self.num_timesteps
@@ -341,7 +344,6 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
             self.update(hp, metrics)
             self.after_update(hp)
         self._log_update(metrics)
-        self._merge_observations(self.rollout_buffer)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
 
     def update(self, hp: H, metrics: Metrics) -> None:
@@ -370,6 +372,19 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
 
 #: Hyperparameters that SB3's own constructor asks for (TRPO has no use for the last three).
 _SB3_HPARAMS = ("learning_rate", "n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")
+
+
+def make_environments(env: GymEnv | str | None, n_envs: Any) -> GymEnv | str | None:
+    """
+    Several environments side by side where only an id is given; anything else is left to SB3.
+
+    :param env: the constructor's argument
+    :param n_envs: how many
+    :raises TypeError: if the number is no integer
+    :raises ValueError: if it is below 1
+    """
+    n_envs = PolicyGradientHparams.spec("n_envs").check("n_envs", n_envs, 1.0)
+    return make_vec_env(env, n_envs) if isinstance(env, str) and n_envs > 1 else env
 
 
 def _whole_steps(total_timesteps: Any) -> int:

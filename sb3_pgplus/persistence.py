@@ -54,6 +54,7 @@ class Persistence(_Base):
             "reward_normalizer",
             "value_normalizer",
             "_rollout_end",
+            "_observations_merged",
             "_lr_schedule_source",
             "_warned_short_learns",
         ]
@@ -104,8 +105,11 @@ class Persistence(_Base):
         known = [*cls.hparams_class.names(), *PLUMBING, *_LOADABLE, *inspect.signature(cls).parameters]
         own = inspect.signature(BaseAlgorithm.load).parameters
         reject_unknown(f"{cls.__name__}.load", [name for name in kwargs if name not in own], known)
+        if env is not None:
+            kwargs.pop("n_envs", None)  # the environments decide, as in the constructor
         # These are compared with what was saved instead of replacing it.
-        held = {name: kwargs.pop(name) for name in (*_FIXED_AT_CONSTRUCTION, "critic_learning_rate") if name in kwargs}
+        fixed = {*_FIXED_AT_CONSTRUCTION, "critic_learning_rate"} & {*cls.hparams_class.names()}
+        held = {name: kwargs.pop(name) for name in fixed if name in kwargs}
         for name, value in held.items():
             cls.hparams_class.spec(name).check(name, value, 1.0)
         try:

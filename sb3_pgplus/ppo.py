@@ -9,13 +9,12 @@ import torch as th
 
 from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer
 from sb3_pgplus.core import losses
-from sb3_pgplus.core.advantages import normalize
-from sb3_pgplus.errors import HyperparameterError, warn_user
 from sb3_pgplus.hparams import PPOHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.on_policy import PolicyGradientPlus
-from sb3_pgplus.policies import distribution_parameters, kl_old_new
+from sb3_pgplus.policies import critic_only_parameters, distribution_parameters, kl_old_new
 from sb3_pgplus.schedules import as_schedule
+from sb3_pgplus.updates import check_minibatches
 
 
 class PPOPlus(PolicyGradientPlus[PPOHparams]):
@@ -59,19 +58,7 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
                 setattr(self, name, as_schedule(name, getattr(self, name)))
 
     def _check_batch(self, hp: PPOHparams, n_envs: int) -> None:
-        samples, batch_size = hp.n_steps * n_envs, hp.batch_size
-        if samples < 2 and hp.normalize_advantage:
-            raise HyperparameterError(
-                "`n_steps * n_envs` must be greater than 1 when advantages are normalised. "
-                f"Currently n_steps={hp.n_steps} and n_envs={n_envs}"
-            )
-        if samples % batch_size:
-            warn_user(
-                f"You have specified a mini-batch size of {batch_size}, but because the `RolloutBuffer` is of size "
-                f"`n_steps * n_envs = {samples}`, after every {samples // batch_size} untruncated mini-batches, there "
-                f"will be a truncated mini-batch of size {samples % batch_size}\nWe recommend using a `batch_size` "
-                f"that is a factor of `n_steps * n_envs`.\nInfo: (n_steps={hp.n_steps} and n_envs={n_envs})"
-            )
+        check_minibatches(hp, n_envs)
 
     def update(self, hp: PPOHparams, metrics: Metrics) -> None:
         """Epochs of minibatch steps, ended early by ``target_kl``; then the critic's further epochs."""
@@ -105,7 +92,8 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             return hp.vf_coef * loss, diagnostics
 
         assert hp.n_critic_epochs is not None
-        self._fit_critic(hp.n_critic_epochs - n_done, hp.batch_size, weighted, hp.max_grad_norm, metrics)
+        own = critic_only_parameters(self.policy)
+        self._fit_critic(own, hp.n_critic_epochs - n_done, hp, weighted, metrics)
 
     def _epoch(self, hp: PPOHparams, metrics: Metrics, with_critic: bool) -> bool:
         """
@@ -137,18 +125,15 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         :param with_critic: include the critic's part
         :return: the loss, and scalars to log under their keys
         """
-        values, log_prob, entropy = self.policy.evaluate_actions(
-            batch.observations, self._policy_actions(batch.actions)
-        )
-        advantages = normalize(batch.advantages) if hp.normalize_advantage else batch.advantages
-        log_ratio = log_prob - batch.old_log_prob
+        outputs = self._evaluate_batch(batch, hp)
+        log_ratio = outputs.log_probs - batch.old_log_prob
         ratio = th.exp(log_ratio)
-        policy_loss = self.policy_loss(ratio, advantages, hp)
-        entropy_loss = losses.entropy_loss(-log_prob if entropy is None else entropy)
+        policy_loss = self.policy_loss(ratio, outputs.advantages, hp)
+        entropy_loss = losses.entropy_loss(outputs.entropy)
         loss = policy_loss + hp.ent_coef * entropy_loss
         diagnostics = {"train/policy_gradient_loss": policy_loss, "train/entropy_loss": entropy_loss}
         if with_critic:
-            critic_loss, critic_diagnostics = self._critic_loss(values.flatten(), batch, hp)
+            critic_loss, critic_diagnostics = self._critic_loss(outputs.values, batch, hp)
             loss = loss + hp.vf_coef * critic_loss
             diagnostics |= critic_diagnostics
         if hp.kl_coef is not None:
@@ -173,19 +158,6 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         if hp.clip_range is None:
             return losses.surrogate(ratio, advantages)
         return losses.clipped_surrogate(ratio, advantages, clip_range=hp.clip_range)
-
-    def _critic_loss(
-        self, values: th.Tensor, batch: RolloutSamples, hp: PPOHparams
-    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        returns = self._normalized(batch.returns)
-        if hp.clip_range_vf is None:
-            loss = losses.value_loss(values, returns)
-            return loss, {"train/value_loss": loss}
-        old_values = self._normalized(batch.old_values)
-        clip = hp.clip_range_vf
-        loss = losses.clipped_value_loss(values, old_values, returns, clip_range_vf=clip, value_clip=hp.value_clip)
-        fraction = losses.value_clip_fraction(values, old_values, clip_range_vf=clip)
-        return loss, {"train/value_loss": loss, "train/value_loss_clip_fraction": fraction}
 
     # --- control of the KL --------------------------------------------------------------------------------------------
 

@@ -8,12 +8,12 @@ from typing import Any
 
 #: Everything that the package adds to SB3 switched off.
 _SB3_COMMON: dict[str, Any] = {
+    "n_envs": 1,
     "advantage_estimator": "gae",
     "bootstrap_truncated": True,
     "normalize_observations": False,
     "normalize_rewards": False,
     "normalize_value_targets": False,
-    "critic_learning_rate": None,
     "ortho_init": None,
     "activation_fn": None,
     "log_std_init": None,
@@ -43,6 +43,47 @@ SB3_PPO: dict[str, Any] = {
     "desired_kl": None,
     "recompute_advantages": False,
     "n_critic_epochs": None,
+    "critic_learning_rate": None,
+}
+
+#: SB3's A2C with its defaults: eager on a CPU, the same seed gives the same parameters bit for bit.
+SB3_A2C: dict[str, Any] = {
+    **_SB3_COMMON,
+    "learning_rate": 7e-4,
+    "n_steps": 5,
+    "gamma": 0.99,
+    "gae_lambda": 1.0,
+    "normalize_advantage": False,
+    "ent_coef": 0.0,
+    "vf_coef": 0.5,
+    "max_grad_norm": 0.5,
+    "critic_learning_rate": None,
+    "use_rms_prop": True,
+    "rms_prop_eps": 1e-5,
+}
+
+#: sb3-contrib's TRPO with its defaults, its random start of conjugate gradient and its KL(π_θ‖π_old) included: the same
+#: seed gives the same parameters up to rounding.
+SB3_TRPO: dict[str, Any] = {
+    **_SB3_COMMON,
+    "learning_rate": 1e-3,
+    "n_steps": 2048,
+    "batch_size": 128,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "normalize_advantage": True,
+    "ent_coef": 0.0,
+    "max_grad_norm": None,
+    "clip_range_vf": None,
+    "n_critic_updates": 10,
+    "target_kl": 0.01,
+    "cg_max_steps": 15,
+    "cg_damping": 0.1,
+    "line_search": True,
+    "line_search_shrinking_factor": 0.8,
+    "line_search_max_iter": 10,
+    "sub_sampling_factor": 1,
+    "fisher_sub_sampling_factor": 1,
 }
 
 #: The lecture's PPO: every implementation trick of its table on, nothing beyond.
@@ -75,3 +116,25 @@ PPO_MINIMAL: dict[str, Any] = {
 
 #: PPO-NoClip of *Implementation Matters*: the code-level optimisations without PPO's clipped loss.
 PPO_NO_CLIP: dict[str, Any] = {**LECTURE, "clip_range": None}
+
+#: TRPO+ of *Implementation Matters* (Engstrom et al. 2020): TRPO with the code-level optimisations that apply to it.
+TRPO_PLUS: dict[str, Any] = {
+    **SB3_TRPO,
+    "learning_rate": "lin_3e-4",
+    "max_grad_norm": 0.5,
+    "clip_range_vf": 0.2,
+    "value_clip": "max",
+    "cg_max_steps": 10,
+    "line_search_shrinking_factor": 0.5,
+    "fisher_sub_sampling_factor": 10,
+    "normalize_observations": "auto",
+    "clip_observations": 10.0,
+    "normalize_rewards": "auto",
+    "clip_rewards": 10.0,
+    "ortho_init": True,
+    "activation_fn": "tanh",
+    "sb3_exact": False,
+}
+
+#: The natural policy gradient (Kakade 2001): the full step to the border of the trust region, unchecked.
+NPG: dict[str, Any] = {**TRPO_PLUS, "clip_range_vf": None, "line_search": False, "fisher_sub_sampling_factor": 1}

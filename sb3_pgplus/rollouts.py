@@ -10,7 +10,13 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
-from sb3_pgplus.buffers import RolloutEnd, TorchRolloutBuffer, cat_observations, map_observations
+from sb3_pgplus.buffers import (
+    RolloutEnd,
+    TorchRolloutBuffer,
+    cat_observations,
+    map_observations,
+    split_observations,
+)
 from sb3_pgplus.core.advantages import (
     discounted_returns,
     gae,
@@ -82,8 +88,8 @@ class RolloutProcessing(_Base):
         self._rollout_end.last_observations = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # set by now
         self._rollout_end.last_dones = self._last_episode_starts
         # Rollout 1 was collected on raw observations. It is merged first and evaluated again, so that its update sees
-        # normalised ones; later rollouts are merged after their update (`_merge_observations`), so that statistics
-        # are constant from a rollout's first step to the last minibatch on it.
+        # normalised ones; later rollouts are merged when the next one begins, so that statistics are constant from a
+        # rollout's first step to the end of the update on it.
         normalizer = observation_normalizer(self.policy)
         first = normalizer is not None and normalizer.is_initial
         self._observations_merged = False
@@ -145,7 +151,7 @@ class RolloutProcessing(_Base):
     def _values_of(self, observations: PyTorchObs, chunk: int) -> th.Tensor:
         """V of a batch of observations in units of the (scaled) reward, ``[B]``, without gradient."""
         with th.no_grad():
-            pieces = [self.policy.predict_values(piece) for piece in _split(observations, chunk)]
+            pieces = [self.policy.predict_values(piece) for piece in split_observations(observations, chunk)]
         return self._denormalized(th.cat(pieces).flatten())
 
     def _final_values(self, hp: PolicyGradientHparams) -> th.Tensor:
@@ -196,7 +202,7 @@ class RolloutProcessing(_Base):
         actions = buffer.tensor("actions").flatten(0, 1).split(_CHUNK)
         values, log_probs = [], []
         with th.no_grad():
-            for piece, piece_actions in zip(_split(observations, _CHUNK), actions, strict=True):
+            for piece, piece_actions in zip(split_observations(observations, _CHUNK), actions, strict=True):
                 value, log_prob, _ = self.policy.evaluate_actions(piece, self._policy_actions(piece_actions))
                 values.append(value.flatten())
                 log_probs.append(log_prob)
@@ -220,7 +226,7 @@ class RolloutProcessing(_Base):
     def _reevaluate_foreign(self, buffer: RolloutBuffer) -> None:
         """:meth:`_reevaluate` for NumPy storage ``[T, N, ...]``."""
         actions = th.as_tensor(buffer.actions, device=self.device).flatten(0, 1).float().split(_CHUNK)
-        observations = _split(self._flat_observations(buffer), _CHUNK)
+        observations = split_observations(self._flat_observations(buffer), _CHUNK)
         with th.no_grad():
             results = [
                 self.policy.evaluate_actions(obs, self._policy_actions(act))
@@ -277,12 +283,3 @@ def value_layer(policy: nn.Module) -> nn.Linear:
             f"`value_net` (as SB3's do), but {type(policy).__name__} has {layer!r} there"
         )
     return layer
-
-
-def _split(observations: PyTorchObs, chunk: int) -> list[PyTorchObs]:
-    """Cut a batch of observations into pieces of at most ``chunk`` samples."""
-    if not isinstance(observations, dict):
-        return list(observations.split(chunk))
-    pieces = {key: tensor.split(chunk) for key, tensor in observations.items()}
-    n_pieces = len(next(iter(pieces.values())))
-    return [{key: piece[i] for key, piece in pieces.items()} for i in range(n_pieces)]

@@ -1,6 +1,6 @@
 """
-The documentation says what the code does. Run as a program, this file writes the table of parameters in
-docs/algorithms/ppo.md from the declarations: ``python tests/test_docs.py``.
+The documentation says what the code does. Run as a program, this file writes the tables of parameters in
+the pages of docs/algorithms from the declarations: ``python tests/test_docs.py``.
 """
 
 import ast
@@ -15,16 +15,23 @@ from typing import Any
 
 import pytest
 import typer
-from stable_baselines3 import PPO
+from sb3_contrib import TRPO
+from stable_baselines3 import A2C, PPO
 
 import sb3_pgplus
-from sb3_pgplus import PPOPlus, presets
+from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, presets
 from sb3_pgplus.hparams import PPOHparams
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
 PPO_PAGE = ROOT / "docs" / "algorithms" / "ppo.md"
+#: Page → our class, the stock one it stands for, and the preset that reproduces that one.
+ALGORITHM_PAGES: dict[Path, tuple[Any, Any, dict[str, Any]]] = {
+    PPO_PAGE: (PPOPlus, PPO, presets.SB3_PPO),
+    PPO_PAGE.with_name("a2c.md"): (A2CPlus, A2C, presets.SB3_A2C),
+    PPO_PAGE.with_name("trpo.md"): (TRPOPlus, TRPO, presets.SB3_TRPO),
+}
 PAGES = sorted([README, CHANGELOG, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 #: How a documented program is shortened before it is run; everything else stays as it is.
 SHORTER = tuple(
@@ -114,14 +121,17 @@ def literal(cell: str) -> Any:
     return ast.literal_eval(cell.strip("*").strip("`"))
 
 
-def sb3_defaults() -> dict[str, Any]:
-    parameters = list(inspect.signature(PPO).parameters.values())
+def defaults_of(cls: Any) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters.values()
     return {p.name: UNSET if p.default is p.empty else p.default for p in parameters}
+
+
+def sb3_defaults() -> dict[str, Any]:
+    return defaults_of(PPO)
 
 
 def our_defaults() -> dict[str, Any]:
-    parameters = list(inspect.signature(PPOPlus).parameters.values())
-    return {p.name: UNSET if p.default is p.empty else p.default for p in parameters}
+    return defaults_of(PPOPlus)
 
 
 SB3_TABLE = ("SB3 PPO argument → PPOPlus argument", "SB3's default", "Default here")
@@ -213,14 +223,34 @@ def test_both_pages_show_the_same_table_of_spaces() -> None:
     assert rows_of(README, "Space", "Action", "Observation") == rows_of(PPO_PAGE, "Space", "Action", "Observation")
 
 
-def test_the_changelog_lists_where_defaults_differ() -> None:
-    ours, theirs = our_defaults(), sb3_defaults()
-    rows = rows_of(CHANGELOG, "Argument", "SB3", "PPOPlus")
+@pytest.mark.parametrize("page", list(ALGORITHM_PAGES)[1:], ids=relative)
+def test_the_pages_of_a2c_and_trpo_list_where_arguments_of_the_stock_class_differ(page: Path) -> None:
+    ours, stock, _ = ALGORITHM_PAGES[page]
+    theirs, shipped = defaults_of(stock), defaults_of(ours)
+    header = "sb3-contrib" if stock is TRPO else "SB3"
+    documented = {row[0].strip("`"): row for row in rows_of(page, "Argument", header, ours.__name__)}
+    assert set(documented) == {name for name in theirs if theirs[name] != shipped[name]}
+    for name, row in documented.items():
+        assert (literal(row[1]), literal(row[2])) == (theirs[name], shipped[name])
+
+
+@pytest.mark.parametrize("page", ALGORITHM_PAGES, ids=relative)
+def test_the_constructor_takes_the_arguments_of_the_stock_class_in_its_order(page: Path) -> None:
+    ours, stock, _ = ALGORITHM_PAGES[page]
+    theirs = list(defaults_of(stock))
+    assert list(defaults_of(ours))[: len(theirs)] == theirs
+
+
+@pytest.mark.parametrize("page", ALGORITHM_PAGES, ids=relative)
+def test_the_changelog_lists_where_defaults_differ(page: Path) -> None:
+    cls, stock, preset = ALGORITHM_PAGES[page]
+    ours, theirs = defaults_of(cls), defaults_of(stock)
+    rows = rows_of(CHANGELOG, "Argument", "Stock", cls.__name__)
     assert {row[0].strip("`") for row in rows} >= {name for name in theirs if theirs[name] != ours[name]}
     for row in rows:
         name = row[0].strip("`")
         assert literal(row[2]) == ours[name]
-        assert literal(row[1].split(" (")[0]) == theirs.get(name, presets.SB3_PPO[name])
+        assert literal(row[1].split(" (")[0]) == theirs.get(name, preset.get(name))
 
 
 # --- the generated table ----------------------------------------------------------------------------------------------
@@ -228,18 +258,20 @@ def test_the_changelog_lists_where_defaults_differ() -> None:
 BEGIN, END = "<!-- parameters: begin -->\n", "<!-- parameters: end -->"
 
 
-def parameter_table() -> str:
+def parameter_table(page: Path) -> str:
     lines = ["| Parameter | Default | Allowed | Meaning |", "|---|---|---|---|"]
-    for name, default in PPOHparams.defaults().items():
-        spec = PPOHparams.spec(name)
+    hparams = ALGORITHM_PAGES[page][0].hparams_class
+    for name, default in hparams.defaults().items():
+        spec = hparams.spec(name)
         shown = f'"{default}"' if isinstance(default, str) else repr(default)
         lines.append(f"| `{name}` | `{shown}` | {spec.allowed()} | {spec.doc} |")
     return "\n".join(lines) + "\n"
 
 
-def test_the_table_of_parameters_is_that_of_the_declarations() -> None:
-    shown = PPO_PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    assert shown == parameter_table(), "write it anew: python tests/test_docs.py"
+@pytest.mark.parametrize("page", ALGORITHM_PAGES, ids=relative)
+def test_the_table_of_parameters_is_that_of_the_declarations(page: Path) -> None:
+    shown = page.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert shown == parameter_table(page), "write it anew: python tests/test_docs.py"
 
 
 # --- names, links, commands -------------------------------------------------------------------------------------------
@@ -344,12 +376,13 @@ def test_documentation_lines_fit_the_page() -> None:
     assert not too_long
 
 
-def write_parameter_table() -> None:
-    text = PPO_PAGE.read_text(encoding="utf-8")
+def write_parameter_table(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    PPO_PAGE.write_text(before + BEGIN + parameter_table() + END + after, encoding="utf-8")
+    page.write_text(before + BEGIN + parameter_table(page) + END + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write_parameter_table()
+    for algorithm_page in ALGORITHM_PAGES:
+        write_parameter_table(algorithm_page)

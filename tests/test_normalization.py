@@ -108,11 +108,14 @@ def test_statistics_are_constant_from_the_first_step_of_a_rollout_to_its_last_mi
         def after_update(self, hp: Any) -> None:
             means.append(("updated", self.policy.observation_normalizer.moments[0].mean.clone()))
 
-        def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
-            means.append(("rollout", self.policy.observation_normalizer.moments[0].mean.clone()))
-            return super().collect_rollouts(*args, **kwargs)
+    class AtFirstStep(BaseCallback):
+        def _on_step(self) -> bool:
+            if len(means) % 3 == 0:
+                means.append(("rollout", self.model.policy.observation_normalizer.moments[0].mean.clone()))
+            return True
 
-    Spy("MlpPolicy", scripted(), n_steps=32, batch_size=32, n_epochs=2, seed=0).learn(4 * 64)
+    Spy("MlpPolicy", scripted(), n_steps=32, batch_size=32, n_epochs=2, seed=0).learn(4 * 64, AtFirstStep())
+    assert [name for name, _ in means] == ["rollout", "update", "updated"] * 4
     by_iteration = [means[i : i + 3] for i in range(0, len(means), 3)]
     for index, iteration in enumerate(by_iteration):
         (_, at_rollout), (_, at_update), (_, after) = iteration

@@ -14,6 +14,20 @@ from torch.nn import functional as F
 from sb3_pgplus.core.checks import check_same_shape
 
 
+def policy_gradient(log_probs: th.Tensor, advantages: th.Tensor) -> th.Tensor:
+    """
+    ``−E[log π_θ(a|s) Ψ]``, whose gradient is the policy gradient (Sutton et al. 1999, theorem 1; A2C's loss, Mnih et
+    al. 2016, section 4).
+
+    :param log_probs: log π_θ(a|s), ``[B]``
+    :param advantages: Ψ, ``[B]``
+    :return: scalar
+    :raises ValueError: on different shapes
+    """
+    check_same_shape(log_probs=log_probs, advantages=advantages)
+    return -(advantages * log_probs).mean()
+
+
 def surrogate(ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
     """
     Policy-gradient surrogate ``−E[ρ Ψ]`` with ``ρ = π_θ/π_old`` (PPO paper, equation 6; TRPO paper, equation 14).

@@ -1,0 +1,271 @@
+"""
+Trust region policy optimisation (Schulman et al. 2015, https://arxiv.org/abs/1502.05477) with the implementation tricks
+of PPO that apply to it (TRPO+ of Engstrom et al. 2020), and the natural policy gradient.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, cast
+
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import Distribution
+from torch import nn
+
+from sb3_pgplus.buffers import RolloutSamples, map_observations
+from sb3_pgplus.core import losses
+from sb3_pgplus.core.advantages import normalize
+from sb3_pgplus.core.natural_gradient import (
+    LineSearchResult,
+    MatVec,
+    backtracking_line_search,
+    conjugate_gradient,
+    fisher_vector_product,
+    flatten,
+    trust_region_scale,
+    unflatten,
+)
+from sb3_pgplus.hparams import TRPOHparams
+from sb3_pgplus.metrics import Metrics
+from sb3_pgplus.on_policy import PolicyGradientPlus
+from sb3_pgplus.policies import Parameters, distribution_parameters, fisher_outputs, kl_new_old, kl_old_new
+from sb3_pgplus.updates import check_minibatches
+
+#: sb3-contrib starts conjugate gradient at noise of this size, and ends it at this residual.
+_SB3_NOISE, _SB3_RESIDUAL = 1e-4, 1e-5
+
+NO_STEP = LineSearchResult(False, 0.0, 0, 0.0, 0.0)
+
+
+class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
+    """TRPO. Every hyperparameter is declared in :class:`sb3_pgplus.hparams.TRPOHparams`."""
+
+    hparams_class = TRPOHparams
+    # sb3-contrib's order of positional arguments.
+    positional: ClassVar[tuple[str, ...]] = (
+        "learning_rate",
+        "n_steps",
+        "batch_size",
+        "gamma",
+        "cg_max_steps",
+        "cg_damping",
+        "line_search_shrinking_factor",
+        "line_search_max_iter",
+        "n_critic_updates",
+        "gae_lambda",
+        "use_sde",
+        "sde_sample_freq",
+        "rollout_buffer_class",
+        "rollout_buffer_kwargs",
+        "normalize_advantage",
+        "target_kl",
+        "sub_sampling_factor",
+        "stats_window_size",
+        "tensorboard_log",
+        "policy_kwargs",
+        "verbose",
+        "seed",
+        "device",
+        "_init_setup_model",
+    )
+    _layer_statistics_due = False
+
+    def _check_batch(self, hp: TRPOHparams, n_envs: int) -> None:
+        check_minibatches(hp, n_envs)
+
+    def update(self, hp: TRPOHparams, metrics: Metrics) -> None:
+        """One step of the policy within the trust region, then the critic's own epochs."""
+        # Dropout and batch statistics would make the KL of a step a matter of chance, and shift it after the search.
+        self.policy.set_training_mode(False)
+        batch = cast(RolloutSamples, next(iter(self.rollout_buffer.get(batch_size=None))))
+        actor = self._step_policy(every(batch, hp.sub_sampling_factor), hp)
+        failures = self._nonfinite_in_a_row
+        self.policy.set_training_mode(True)
+        with restored(layer_statistics(self.policy)):
+            actor_ids = {id(parameter) for parameter in actor}
+            own = [p for p in self.policy.parameters() if p.requires_grad and id(p) not in actor_ids]
+            self._fit_critic(own, hp.n_critic_updates, hp, lambda v, b: self._critic_loss(v, b, hp), metrics)
+        # The critic's good steps do not end a series of policy steps that failed.
+        self._nonfinite_in_a_row = max(failures, self._nonfinite_in_a_row)
+        self._n_updates += 1
+        self._layer_statistics_due = True
+
+    # --- the policy's step --------------------------------------------------------------------------------------------
+
+    def _step_policy(self, batch: RolloutSamples, hp: TRPOHparams) -> list[nn.Parameter]:
+        """
+        Move the policy along its natural gradient, or leave every bit of it as it is.
+
+        :param batch: samples of π_old, ``[B]``
+        :param hp: hyperparameters of this update
+        :return: the actor's parameters: those the surrogate depends on
+        """
+        if hp.normalize_advantage:
+            batch = batch._replace(advantages=normalize(batch.advantages))
+        distribution = self.policy.get_distribution(batch.observations)
+        loss = self._objective(distribution, batch, hp)
+        old = (loss.detach(), distribution_parameters(distribution))
+        fisher = fisher_outputs(distribution) if hp.fisher_sub_sampling_factor == 1 else None
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        gradients = th.autograd.grad(loss, parameters, retain_graph=fisher is not None, allow_unused=True)
+        actor = [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+        gradient = -flatten([g for g in gradients if g is not None])  # of the surrogate, which is maximised
+        if fisher is None:
+            thinned = every(batch, hp.fisher_sub_sampling_factor).observations
+            fisher = fisher_outputs(self.policy.get_distribution(thinned))
+        step = self._full_step(fisher_vector_product(*fisher, actor, damping=hp.cg_damping), gradient, hp)
+        if not bool(th.isfinite(loss.detach() + gradient.sum() + step.sum())):
+            self._count_nonfinite(loss, batch)
+            return actor
+        self._nonfinite_in_a_row = 0
+        found = self._search(self._evaluator(batch, actor, step, old, hp), hp) if bool(step.any()) else NO_STEP
+        if found.accepted:
+            commit(actor, found.fraction * step)
+        self._log_step(found, step, float(gradient @ step), float(old[0]))
+        return actor
+
+    def _objective(self, distribution: Distribution, batch: RolloutSamples, hp: TRPOHparams) -> th.Tensor:
+        """The surrogate's loss with the entropy bonus, of a policy given by its distribution on the batch."""
+        log_probs = distribution.log_prob(self._policy_actions(batch.actions))
+        loss = self.policy_loss(th.exp(log_probs - batch.old_log_prob), batch.advantages, hp)
+        if hp.ent_coef == 0:
+            return loss
+        entropy = distribution.entropy()
+        return loss + hp.ent_coef * losses.entropy_loss(-log_probs if entropy is None else entropy)
+
+    def policy_loss(self, ratio: th.Tensor, advantages: th.Tensor, hp: TRPOHparams) -> th.Tensor:
+        """
+        The surrogate to minimise, ``−E[ρΨ]`` (TRPO paper, equation 14). Override it to try another objective.
+
+        :param ratio: ρ = π_θ(a|s)/π_old(a|s), ``[B]``
+        :param advantages: Ψ, normalised if so set, ``[B]``
+        :param hp: hyperparameters of this update
+        :return: scalar
+        """
+        return losses.surrogate(ratio, advantages)
+
+    def _full_step(self, matvec: MatVec, gradient: th.Tensor, hp: TRPOHparams) -> th.Tensor:
+        """
+        ``√(2δ/xᵀFx) x`` with ``x ≈ F⁻¹g``, F damped (TRPO paper, appendix C); NaN where there is no such step.
+
+        With ``sb3_exact``, conjugate gradient starts at noise and ends at an absolute residual, as in sb3-contrib.
+
+        :param matvec: v ↦ Fv, ``[P] → [P]``
+        :param gradient: g, ``[P]``
+        """
+        start, b, tol = th.zeros_like(gradient), gradient, hp.cg_tol
+        if hp.sb3_exact:
+            start = _SB3_NOISE * th.randn_like(gradient)
+            b = gradient - matvec(start)  # solving for the rest from zero is the same as starting at `start`
+            tol = _SB3_RESIDUAL / max(float(th.linalg.vector_norm(b)), 1e-30)
+        found = conjugate_gradient(matvec, b, max_steps=hp.cg_max_steps, tol=tol)
+        x = start + found.x
+        curvature = float(x @ (gradient - found.residual))  # Fx = g − r
+        self.logger.record("train/cg_steps", found.n_steps)
+        self.logger.record("train/cg_residual", found.residual_norm)
+        self.logger.record("train/curvature", curvature)
+        return x * (math.nan if found.problem else trust_region_scale(curvature, hp.target_kl))
+
+    def _evaluator(
+        self,
+        batch: RolloutSamples,
+        actor: list[nn.Parameter],
+        step: th.Tensor,
+        old: tuple[th.Tensor, Parameters],
+        hp: TRPOHparams,
+    ) -> Callable[[float], tuple[float, float]]:
+        """The line search's function: share of the full step ↦ improvement of the surrogate, mean KL."""
+        old_loss, old_distribution = old
+        divergence = kl_new_old if hp.sb3_exact else kl_old_new
+
+        @th.no_grad()
+        def evaluate(fraction: float) -> tuple[float, float]:
+            with moved(actor, fraction * step):
+                candidate = self.policy.get_distribution(batch.observations)
+                improvement = old_loss - self._objective(candidate, batch, hp)
+                return float(improvement), float(divergence(old_distribution, candidate).mean())
+
+        return evaluate
+
+    @staticmethod
+    def _search(evaluate: Callable[[float], tuple[float, float]], hp: TRPOHparams) -> LineSearchResult:
+        if hp.line_search:
+            return backtracking_line_search(
+                evaluate,
+                max_kl=hp.target_kl,
+                shrinking_factor=hp.line_search_shrinking_factor,
+                max_steps=hp.line_search_max_iter,
+            )
+        improvement, kl = evaluate(1.0)
+        return LineSearchResult(math.isfinite(improvement + kl), 1.0, 0, improvement, kl)
+
+    def _log_step(self, found: LineSearchResult, step: th.Tensor, slope: float, old_loss: float) -> None:
+        fraction = found.fraction if found.accepted else 0.0
+        values = {
+            # sb3-contrib's keys
+            "policy_objective": found.improvement - old_loss,
+            "kl_divergence_loss": found.kl,
+            "is_line_search_success": float(found.accepted),
+            # ours
+            "surrogate_improvement": found.improvement,
+            "surrogate_improvement_expected": fraction * slope,
+            "line_search_steps": found.n_steps,
+            "step_length": fraction * float(th.linalg.vector_norm(step)),
+        }
+        for name, value in values.items():
+            self.logger.record(f"train/{name}", value)
+
+    # --- statistics inside layers -------------------------------------------------------------------------------------
+
+    def _merge_observations(self, buffer: RolloutBuffer) -> None:
+        """With the observations come the statistics that layers keep (batch norm), from one pass over the rollout."""
+        if self._layer_statistics_due and layer_statistics(self.policy):
+            self.policy.set_training_mode(True)
+            with th.no_grad():
+                observations = self._flat_observations(buffer)
+                self.policy.get_distribution(observations)
+                self.policy.predict_values(observations)
+            self.policy.set_training_mode(False)
+        self._layer_statistics_due = False
+        super()._merge_observations(buffer)
+
+
+def every(batch: RolloutSamples, factor: int) -> RolloutSamples:
+    """Every k-th sample of a batch, what the policy's step needs of it."""
+    if factor == 1:
+        return batch
+    fields = ("observations", "actions", "old_log_prob", "advantages")
+    return batch._replace(**{name: map_observations(getattr(batch, name), lambda x: x[::factor]) for name in fields})
+
+
+@th.no_grad()
+def commit(parameters: list[nn.Parameter], step: th.Tensor) -> None:
+    """Add a step ``[P]`` to the parameters."""
+    for parameter, change in zip(parameters, unflatten(step, parameters), strict=True):
+        parameter.add_(change)
+
+
+@contextmanager
+def moved(parameters: list[nn.Parameter], step: th.Tensor) -> Iterator[None]:
+    """Parameters with a step added for a while; afterwards every bit is what it was, whatever happened."""
+    with restored(parameters):
+        commit(parameters, step)
+        yield
+
+
+@contextmanager
+def restored(tensors: Iterable[th.Tensor]) -> Iterator[None]:
+    """Put tensors back to what they were, bit for bit."""
+    originals = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with th.no_grad():
+            for tensor, original in originals:
+                tensor.copy_(original)
+
+
+def layer_statistics(policy: nn.Module) -> list[th.Tensor]:
+    """Buffers that layers may move in training mode (batch norm); observation statistics are no such ones."""
+    return [buffer for name, buffer in policy.named_buffers() if not name.startswith("observation_normalizer.")]

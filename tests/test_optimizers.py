@@ -1,0 +1,294 @@
+"""The lean step: the same bits as ``optimizer.step()``, and that very method wherever somebody may be watching."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch as th
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from sb3_pgplus.optimizers import drop_gradients, fuse, step
+
+SHAPES = [(4, 3), (4,), (1, 4), ()]
+
+
+def parameters(seed: int = 0) -> list[th.nn.Parameter]:
+    rng = th.Generator().manual_seed(seed)
+    return [th.nn.Parameter(th.randn(shape, generator=rng)) for shape in SHAPES]
+
+
+def set_gradients(optimizer: th.optim.Optimizer, seed: int, without: tuple[int, ...] = ()) -> None:
+    rng = th.Generator().manual_seed(100 + seed)
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        gradient = th.randn(p.shape, generator=rng)
+        p.grad = None if i in without else gradient
+
+
+def fused_adam(**settings: Any) -> th.optim.Adam:
+    """Adam as the package sets it up, after its first step."""
+    optimizer = th.optim.Adam(parameters(), **{"lr": 1e-2, "eps": 1e-5, **settings})
+    fuse(optimizer)
+    set_gradients(optimizer, 0)
+    step(optimizer)
+    return optimizer
+
+
+def tensors(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
+    """All parameters and all of the optimiser's state."""
+    found = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    for state in optimizer.state_dict()["state"].values():
+        found += [state[name] for name in sorted(state)]
+    return found
+
+
+def assert_same(actual: th.optim.Optimizer, expected: th.optim.Optimizer) -> None:
+    assert actual.state_dict()["param_groups"] == expected.state_dict()["param_groups"]
+    pairs = list(zip(tensors(actual), tensors(expected), strict=True))
+    assert len(pairs) > len(SHAPES)
+    assert all(th.equal(x, y) for x, y in pairs)
+
+
+@pytest.fixture
+def adam_calls(monkeypatch: pytest.MonkeyPatch) -> list[th.optim.Optimizer]:
+    """Who called ``Adam.step``."""
+    calls, original = list[th.optim.Optimizer](), th.optim.Adam.step
+
+    def recorded(self: th.optim.Adam, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(th.optim.Adam, "step", recorded)
+    return calls
+
+
+# --- fuse -------------------------------------------------------------------------------------------------------------
+
+
+class MyAdam(th.optim.Adam):
+    pass
+
+
+def test_fuse_chooses_the_fused_kernel_of_plain_adam() -> None:
+    optimizer = th.optim.Adam(parameters(), lr=1e-2)
+    groups = copy.deepcopy(optimizer.param_groups)
+    fuse(optimizer)
+    assert [group.pop("fused") for group in (*optimizer.param_groups, *groups)] == [True, None]
+    # and nothing else
+    assert optimizer.param_groups[0].keys() == groups[0].keys()
+    assert all(optimizer.param_groups[0][name] == groups[0][name] for name in groups[0] if name != "params")
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "settings"),
+    [
+        (th.optim.AdamW, {}),
+        (th.optim.RMSprop, {}),
+        (th.optim.SGD, {}),
+        (MyAdam, {}),
+        (th.optim.Adam, {"foreach": True}),
+        (th.optim.Adam, {"foreach": False}),
+        (th.optim.Adam, {"fused": False}),
+        (th.optim.Adam, {"amsgrad": True}),
+        (th.optim.Adam, {"capturable": True}),
+        (th.optim.Adam, {"differentiable": True}),
+    ],
+)
+def test_fuse_leaves_other_optimizers_and_the_choices_of_users_alone(
+    optimizer_class: type[th.optim.Optimizer], settings: dict[str, Any]
+) -> None:
+    optimizer = optimizer_class(parameters(), **{"lr": 1e-2, **settings})  # type: ignore[call-arg]
+    before = copy.deepcopy(optimizer.state_dict())
+    fuse(optimizer)
+    assert optimizer.state_dict() == before
+
+
+def test_fuse_decides_for_each_group() -> None:
+    a, b, c = parameters()[:3]
+    complex_number = th.nn.Parameter(th.ones(2, dtype=th.complex64))
+    groups = [{"params": [a]}, {"params": [b], "foreach": True}, {"params": [c, complex_number]}]
+    optimizer = th.optim.Adam(groups, lr=1e-2)
+    fuse(optimizer)
+    assert [group["fused"] for group in optimizer.param_groups] == [True, None, None]
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"maximize": True}])
+def test_the_fused_kernel_computes_what_the_loop_does(settings: dict[str, Any]) -> None:
+    loop = th.optim.Adam(parameters(), lr=1e-2, **settings)
+    optimizer = th.optim.Adam(parameters(), lr=1e-2, **settings)
+    fuse(optimizer)
+    for i in range(10):
+        for each in (loop, optimizer):
+            set_gradients(each, i)
+        loop.step()
+        step(optimizer)
+    for x, y in zip(tensors(optimizer), tensors(loop), strict=True):
+        th.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+# --- step -------------------------------------------------------------------------------------------------------------
+
+ADAMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "weight_decay": {"weight_decay": 0.1},
+    "decoupled_weight_decay": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "maximize": {"maximize": True},
+    "betas": {"betas": (0.5, 0.7), "eps": 1e-2},
+}
+
+
+@pytest.mark.parametrize("n_groups", [1, 2])
+@pytest.mark.parametrize("name", ADAMS)
+def test_steps_have_the_bits_of_the_method(name: str, n_groups: int, adam_calls: list[th.optim.Optimizer]) -> None:
+    """Over several steps with another learning rate in each, some gradients missing, all missing once."""
+    ours = parameters()
+    groups = (
+        [{"params": ours}] if n_groups == 1 else [{"params": ours[:2]}, {"params": ours[2:], "lr": 0.1, "eps": 0.1}]
+    )
+    optimizer = th.optim.Adam(groups, **{"lr": 1e-2, **ADAMS[name]})
+    fuse(optimizer)
+    for i, without in enumerate([(), (), (1,), (), (0, 2, 3), (0, 1, 2, 3), (2, 3), ()]):
+        set_gradients(optimizer, i, without)
+        reference = copy.deepcopy(optimizer)
+        # deepcopy drops gradients of parameters that it copies along with the optimiser
+        set_gradients(reference, i, without)
+        reference.step()
+        before = [p.detach().clone() for p in ours]
+        step(optimizer)
+        assert_same(optimizer, reference)
+        moved = [not th.equal(p, old) for p, old in zip(ours, before, strict=True)]
+        assert moved == [j not in without for j in range(len(ours))]
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.7
+    # the method itself ran at the first step alone, which makes the state
+    assert [call for call in adam_calls if call is optimizer] == [optimizer]
+
+
+def test_the_method_makes_the_state_of_parameters_that_get_their_first_gradient_late(
+    adam_calls: list[th.optim.Optimizer],
+) -> None:
+    optimizer = th.optim.Adam(parameters(), lr=1e-2)
+    fuse(optimizer)
+    calls = []
+    for i, without in enumerate([(0, 1), (0, 1), (0,), (), ()]):
+        set_gradients(optimizer, i, without)
+        reference = copy.deepcopy(optimizer)
+        set_gradients(reference, i, without)
+        adam_calls.clear()
+        step(optimizer)
+        calls.append(len(adam_calls))
+        reference.step()
+        assert_same(optimizer, reference)
+    assert calls == [1, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "settings"),
+    [
+        (th.optim.RMSprop, {"alpha": 0.9}),
+        (th.optim.SGD, {"momentum": 0.9}),
+        (th.optim.AdamW, {"weight_decay": 0.1}),
+        (th.optim.AdamW, {"fused": True}),
+        (th.optim.Adam, {"amsgrad": True}),
+        (th.optim.Adam, {"amsgrad": True, "fused": True}),
+        (th.optim.Adam, {"foreach": True}),
+        (MyAdam, {"fused": True}),
+    ],
+)
+def test_other_optimizers_step_by_their_method(
+    optimizer_class: type[th.optim.Optimizer], settings: dict[str, Any]
+) -> None:
+    optimizer = optimizer_class(parameters(), **{"lr": 1e-2, **settings})  # type: ignore[call-arg]
+    reference = optimizer_class(parameters(), **{"lr": 1e-2, **settings})  # type: ignore[call-arg]
+    fuse(optimizer)
+    for i in range(4):
+        set_gradients(optimizer, i)
+        set_gradients(reference, i)
+        step(optimizer)
+        reference.step()
+        assert_same(optimizer, reference)
+
+
+@pytest.fixture(params=["pre", "post", "global_pre", "global_post"])
+def hooked(request: pytest.FixtureRequest) -> Iterator[tuple[th.optim.Adam, list[Any]]]:
+    optimizer, seen = fused_adam(), list[Any]()
+
+    def hook(*args: Any) -> None:
+        seen.append(args[0])
+
+    register = {
+        "pre": optimizer.register_step_pre_hook,
+        "post": optimizer.register_step_post_hook,
+        "global_pre": register_optimizer_step_pre_hook,
+        "global_post": register_optimizer_step_post_hook,
+    }[request.param]
+    handle = register(hook)
+    yield optimizer, seen
+    handle.remove()
+
+
+def test_hooks_of_a_step_are_called(hooked: tuple[th.optim.Adam, list[Any]]) -> None:
+    optimizer, seen = hooked
+    reference = fused_adam()
+    for i in range(1, 4):
+        set_gradients(optimizer, i)
+        set_gradients(reference, i)
+        step(optimizer)
+        assert [each for each in seen if each is optimizer] == [optimizer] * i
+        reference.step()
+        assert_same(optimizer, reference)
+
+
+def test_a_scheduler_notices_the_step() -> None:
+    """It wraps the method to warn those who forget to call it."""
+    optimizer = fused_adam()
+    scheduler = ExponentialLR(optimizer, gamma=0.5)
+    set_gradients(optimizer, 1)
+    step(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5e-2
+
+
+def test_a_replaced_method_is_called() -> None:
+    optimizer, calls = fused_adam(), list[str]()
+    optimizer.step = lambda: calls.append("replaced")  # type: ignore[assignment,method-assign,return-value]
+    set_gradients(optimizer, 1)
+    step(optimizer)
+    assert calls == ["replaced"]
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def test_drop_gradients_sets_all_of_them_to_none() -> None:
+    ours = parameters()
+    optimizer = th.optim.Adam([{"params": ours[:1]}, {"params": ours[1:]}])
+    set_gradients(optimizer, 0, without=(2,))
+    assert [p.grad is None for p in ours] == [False, False, True, False]
+    drop_gradients(optimizer)
+    assert all(p.grad is None for p in ours)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_stock_adam_goes_on_from_the_saved_state(fused: bool | None) -> None:
+    """With the kernel that was saved the bits are the same; by SB3's loop the numbers are."""
+    optimizer = fused_adam()
+    for i in range(1, 4):
+        set_gradients(optimizer, i)
+        step(optimizer)
+    fresh = th.optim.Adam(copy.deepcopy(optimizer.param_groups[0]["params"]), lr=1.0)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_same(fresh, optimizer)
+    if fused is False:
+        fresh.param_groups[0]["fused"] = False
+    for i in range(4, 8):
+        set_gradients(optimizer, i)
+        set_gradients(fresh, i)
+        step(optimizer)
+        fresh.step()
+    for x, y in zip(tensors(fresh), tensors(optimizer), strict=True):
+        th.testing.assert_close(x, y, rtol=0 if fused is None else 1e-5, atol=0 if fused is None else 1e-6)
