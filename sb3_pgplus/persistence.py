@@ -38,6 +38,8 @@ _FIXED_AT_CONSTRUCTION = (
     "ortho_init",
     "log_std_init",
     "adam_eps",
+    "use_rms_prop",
+    "rms_prop_eps",
 )
 
 
@@ -105,8 +107,8 @@ class Persistence(_Base):
         known = [*cls.hparams_class.names(), *PLUMBING, *_LOADABLE, *inspect.signature(cls).parameters]
         own = inspect.signature(BaseAlgorithm.load).parameters
         reject_unknown(f"{cls.__name__}.load", [name for name in kwargs if name not in own], known)
-        if env is not None:
-            kwargs.pop("n_envs", None)  # the environments decide, as in the constructor
+        if env is not None and "n_envs" in kwargs:  # the environments decide, as in the constructor
+            cls.hparams_class.spec("n_envs").check("n_envs", kwargs.pop("n_envs"), 1.0)
         # These are compared with what was saved instead of replacing it.
         fixed = {*_FIXED_AT_CONSTRUCTION, "critic_learning_rate"} & {*cls.hparams_class.names()}
         held = {name: kwargs.pop(name) for name in fixed if name in kwargs}

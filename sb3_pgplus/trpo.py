@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from typing import ClassVar, cast
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.preprocessing import get_action_dim
 from torch import nn
 
 from sb3_pgplus.buffers import RolloutSamples, map_observations
@@ -26,6 +28,8 @@ from sb3_pgplus.core.natural_gradient import (
     trust_region_scale,
     unflatten,
 )
+from sb3_pgplus.errors import HyperparameterError
+from sb3_pgplus.guards import without_distribution_checks
 from sb3_pgplus.hparams import TRPOHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.on_policy import PolicyGradientPlus
@@ -69,25 +73,37 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         "device",
         "_init_setup_model",
     )
-    _layer_statistics_due = False
 
     def _check_batch(self, hp: TRPOHparams, n_envs: int) -> None:
         check_minibatches(hp, n_envs)
+        if hp.normalize_advantage and hp.sub_sampling_factor >= hp.n_steps * n_envs:
+            raise HyperparameterError(
+                f"`sub_sampling_factor`={hp.sub_sampling_factor} leaves one sample of the {hp.n_steps * n_envs} of a "
+                "rollout, and advantages of one sample cannot be normalised"
+            )
+
+    def _reset_training_state(self) -> None:
+        super()._reset_training_state()
+        self._failed_policy_steps = 0
+        self._layer_statistics_due = False
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_layer_statistics_due"]
 
     def update(self, hp: TRPOHparams, metrics: Metrics) -> None:
         """One step of the policy within the trust region, then the critic's own epochs."""
         # Dropout and batch statistics would make the KL of a step a matter of chance, and shift it after the search.
         self.policy.set_training_mode(False)
         batch = cast(RolloutSamples, next(iter(self.rollout_buffer.get(batch_size=None))))
+        # The policy's failures in a row and the critic's are counted apart: good steps of one do not excuse the other.
+        critic_failures, self._nonfinite_in_a_row = self._nonfinite_in_a_row, self._failed_policy_steps
         actor = self._step_policy(every(batch, hp.sub_sampling_factor), hp)
-        failures = self._nonfinite_in_a_row
+        self._failed_policy_steps, self._nonfinite_in_a_row = self._nonfinite_in_a_row, critic_failures
         self.policy.set_training_mode(True)
         with restored(layer_statistics(self.policy)):
             actor_ids = {id(parameter) for parameter in actor}
             own = [p for p in self.policy.parameters() if p.requires_grad and id(p) not in actor_ids]
             self._fit_critic(own, hp.n_critic_updates, hp, lambda v, b: self._critic_loss(v, b, hp), metrics)
-        # The critic's good steps do not end a series of policy steps that failed.
-        self._nonfinite_in_a_row = max(failures, self._nonfinite_in_a_row)
         self._n_updates += 1
         self._layer_statistics_due = True
 
@@ -114,16 +130,25 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         if fisher is None:
             thinned = every(batch, hp.fisher_sub_sampling_factor).observations
             fisher = fisher_outputs(self.policy.get_distribution(thinned))
-        step = self._full_step(fisher_vector_product(*fisher, actor, damping=hp.cg_damping), gradient, hp)
-        if not bool(th.isfinite(loss.detach() + gradient.sum() + step.sum())):
-            self._count_nonfinite(loss, batch)
-            return actor
-        self._nonfinite_in_a_row = 0
-        found = self._search(self._evaluator(batch, actor, step, old, hp), hp) if bool(step.any()) else NO_STEP
+        divisor = self._kl_divisor(hp)
+        product = fisher_vector_product(*fisher, actor, damping=divisor * hp.cg_damping)
+        step = self._full_step(lambda v: product(v) / divisor, gradient, hp)
+        found = NO_STEP
+        if bool(step.any()) and bool(th.isfinite(loss.detach() + gradient.sum() + step.sum())):
+            found = self._search(self._evaluator(batch, actor, step, old, hp), hp)
+        self._log_step(found, step, float(gradient @ step), float(old[0]))
         if found.accepted:
             commit(actor, found.fraction * step)
-        self._log_step(found, step, float(gradient @ step), float(old[0]))
+        if math.isfinite(float(old[0]) + float(step.sum()) + found.improvement + found.kl):
+            self._nonfinite_in_a_row = 0
+        else:
+            self._count_nonfinite(loss, batch)
         return actor
+
+    def _kl_divisor(self, hp: TRPOHparams) -> int:
+        """1; sb3-contrib takes the mean of the KL over the entries of Box and MultiBinary actions, not its sum."""
+        is_mean = hp.sb3_exact and isinstance(self.action_space, (spaces.Box, spaces.MultiBinary))
+        return get_action_dim(self.action_space) if is_mean else 1
 
     def _objective(self, distribution: Distribution, batch: RolloutSamples, hp: TRPOHparams) -> th.Tensor:
         """The surrogate's loss with the entropy bonus, of a policy given by its distribution on the batch."""
@@ -177,14 +202,14 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
     ) -> Callable[[float], tuple[float, float]]:
         """The line search's function: share of the full step ↦ improvement of the surrogate, mean KL."""
         old_loss, old_distribution = old
-        divergence = kl_new_old if hp.sb3_exact else kl_old_new
+        divergence, divisor = kl_new_old if hp.sb3_exact else kl_old_new, self._kl_divisor(hp)
 
         @th.no_grad()
         def evaluate(fraction: float) -> tuple[float, float]:
             with moved(actor, fraction * step):
                 candidate = self.policy.get_distribution(batch.observations)
                 improvement = old_loss - self._objective(candidate, batch, hp)
-                return float(improvement), float(divergence(old_distribution, candidate).mean())
+                return float(improvement), float(divergence(old_distribution, candidate).mean()) / divisor
 
         return evaluate
 
@@ -198,10 +223,10 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
                 max_steps=hp.line_search_max_iter,
             )
         improvement, kl = evaluate(1.0)
-        return LineSearchResult(math.isfinite(improvement + kl), 1.0, 0, improvement, kl)
+        is_finite = math.isfinite(improvement + kl)
+        return LineSearchResult(is_finite, float(is_finite), 0, improvement, kl)
 
     def _log_step(self, found: LineSearchResult, step: th.Tensor, slope: float, old_loss: float) -> None:
-        fraction = found.fraction if found.accepted else 0.0
         values = {
             # sb3-contrib's keys
             "policy_objective": found.improvement - old_loss,
@@ -209,9 +234,9 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
             "is_line_search_success": float(found.accepted),
             # ours
             "surrogate_improvement": found.improvement,
-            "surrogate_improvement_expected": fraction * slope,
+            "surrogate_improvement_expected": found.fraction * slope,
             "line_search_steps": found.n_steps,
-            "step_length": fraction * float(th.linalg.vector_norm(step)),
+            "step_length": found.fraction * float(th.linalg.vector_norm(step)),
         }
         for name, value in values.items():
             self.logger.record(f"train/{name}", value)
@@ -221,11 +246,10 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
     def _merge_observations(self, buffer: RolloutBuffer) -> None:
         """With the observations come the statistics that layers keep (batch norm), from one pass over the rollout."""
         if self._layer_statistics_due and layer_statistics(self.policy):
+            actions = th.as_tensor(buffer.actions, device=self.device).reshape(-1, buffer.action_dim)
             self.policy.set_training_mode(True)
-            with th.no_grad():
-                observations = self._flat_observations(buffer)
-                self.policy.get_distribution(observations)
-                self.policy.predict_values(observations)
+            with th.no_grad(), without_distribution_checks():
+                self.policy.evaluate_actions(self._flat_observations(buffer), self._policy_actions(actions))
             self.policy.set_training_mode(False)
         self._layer_statistics_due = False
         super()._merge_observations(buffer)

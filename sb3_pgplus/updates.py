@@ -71,13 +71,13 @@ class GradientUpdates(_Base):
 
         :param loss: scalar
         :param batch: the minibatch, to name the cause of a failure
-        :param parameters: what is stepped
+        :param parameters: what is stepped; frozen ones stay
         :param max_grad_norm: largest global norm, or None
         :return: the gradient's norm before clipping, scalar
         :raises ValueError: after ``max_nonfinite_updates`` failures in a row
         """
         drop_gradients(self.policy.optimizer)
-        loss.backward(inputs=parameters)
+        loss.backward(inputs=[parameter for parameter in parameters if parameter.requires_grad])
         return self._apply_gradients(loss.detach(), batch, parameters, max_grad_norm)
 
     def _apply_gradients(
@@ -86,7 +86,7 @@ class GradientUpdates(_Base):
         """The second half of :meth:`_gradient_step`: the gradients are in place."""
         if max_grad_norm is None:
             gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
-            norm: th.Tensor = th.linalg.vector_norm(th.cat(gradients))
+            norm: th.Tensor = th.linalg.vector_norm(th.cat(gradients)) if gradients else th.zeros_like(loss)
         else:
             norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         if math.isfinite(float(loss + norm)):

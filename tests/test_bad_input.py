@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 
 import gymnasium as gym
 import numpy as np
@@ -13,29 +14,40 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn, optim
 
-from sb3_pgplus import PPOPlus, presets
-from sb3_pgplus.hparams import PPOHparams
+from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, presets
+from sb3_pgplus.hparams import A2CHparams, PPOHparams, TRPOHparams
 
 SMALL = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "device": "cpu"}
+#: Every algorithm with small sizes of its own.
+ALGORITHMS = {
+    PPOPlus: SMALL,
+    A2CPlus: {"n_steps": 8, "n_envs": 1, "device": "cpu"},
+    TRPOPlus: {"n_steps": 8, "batch_size": 8, "n_critic_updates": 1, "device": "cpu"},
+}
 
 NUMBERS = ["gamma", "gae_lambda", "clip_observations", "clip_rewards", "log_std_init", "adam_eps"]
-NUMBERS += ["adaptive_kl_target", "desired_kl"]
+NUMBERS += ["adaptive_kl_target", "desired_kl", "rms_prop_eps", "cg_tol", "cg_damping", "line_search_shrinking_factor"]
 SCHEDULED = ["learning_rate", "critic_learning_rate", "ent_coef", "vf_coef", "max_grad_norm", "clip_range"]
 SCHEDULED += ["clip_range_vf", "target_kl", "kl_coef"]
-INTEGERS = ["n_steps", "batch_size", "n_epochs", "n_step_horizon", "max_nonfinite_updates"]
+INTEGERS = ["n_steps", "batch_size", "n_epochs", "n_step_horizon", "max_nonfinite_updates", "n_envs", "cg_max_steps"]
+INTEGERS += ["line_search_max_iter", "sub_sampling_factor", "fisher_sub_sampling_factor"]
+INTEGERS_FROM_0 = ["n_critic_updates"]
 OPTIONAL_INTEGERS = ["schedule_timesteps", "n_critic_epochs"]
 SWITCHES = ["normalize_advantage", "bootstrap_truncated", "normalize_value_targets", "sb3_exact", "ortho_init"]
+SWITCHES += ["line_search"]
 CHOICES = ["advantage_estimator", "normalize_observations", "normalize_rewards", "activation_fn", "value_clip"]
-CHOICES += ["recompute_advantages"]
+CHOICES += ["recompute_advantages", "use_rms_prop"]
 #: Names that `load` refuses whatever the value is, if it is another one.
 FIXED = ("normalize_observations", "normalize_rewards", "normalize_value_targets", "activation_fn")
 
-REQUIRED = ["gamma", "gae_lambda", "learning_rate", "ent_coef", "vf_coef", *INTEGERS]
+REQUIRED = ["gamma", "gae_lambda", "learning_rate", "ent_coef", "vf_coef", *INTEGERS, *INTEGERS_FROM_0]
+REQUIRED += ["rms_prop_eps", "cg_tol", "cg_damping", "line_search_shrinking_factor"]
 REQUIRED += [name for name in (*SWITCHES, *CHOICES) if name not in ("ortho_init", "activation_fn")]
 
 WRONG_TYPE = [(name, bad) for name in NUMBERS for bad in (True, "many", [0.1], {}, 1j)]
 WRONG_TYPE += [(name, bad) for name in SCHEDULED for bad in (True, [0.1], {}, 1j)]
 WRONG_TYPE += [(name, bad) for name in INTEGERS + OPTIONAL_INTEGERS for bad in (True, "8", 8.0, [8], math.nan)]
+WRONG_TYPE += [(name, bad) for name in INTEGERS_FROM_0 for bad in (True, "8", 8.0, [8], math.nan)]
 WRONG_TYPE += [(name, bad) for name in SWITCHES for bad in (1, 0.0, "yes", "True", [])]
 WRONG_TYPE += [(name, None) for name in REQUIRED if name not in CHOICES]
 
@@ -46,37 +58,60 @@ NOT_ALLOWED += [("gamma", 1.0001), ("gae_lambda", 2)]
 NOT_ALLOWED += [(name, 0) for name in ("clip_observations", "clip_rewards", "adam_eps", "desired_kl")]
 NOT_ALLOWED += [(name, 0) for name in ("adaptive_kl_target", "max_grad_norm", "clip_range", "clip_range_vf")]
 NOT_ALLOWED += [(name, 0.0) for name in ("target_kl", "clip_range")]
+NOT_ALLOWED += [("rms_prop_eps", 0), ("line_search_shrinking_factor", 0), ("line_search_shrinking_factor", 1)]
 NOT_ALLOWED += [(name, bad) for name in INTEGERS for bad in (0, -1)]
-NOT_ALLOWED += [("schedule_timesteps", 0), ("n_critic_epochs", -1)]
+NOT_ALLOWED += [("schedule_timesteps", 0), ("n_critic_epochs", -1), ("n_critic_updates", -1)]
 NOT_ALLOWED += [(name, bad) for name in CHOICES for bad in ("no such", 1, 0, [])]
 NOT_ALLOWED += [("value_clip", None), ("advantage_estimator", None), ("normalize_rewards", None)]
+NOT_ALLOWED += [("use_rms_prop", None), ("use_rms_prop", "tf-like")]
 
 NO_SCHEDULE = ["fast", "", "lin", "lin_", "lin_a", "cos_1_2_3", "lin_1__2", "linear_3e-4", "3e-4_lin", "lin-3e-4"]
 
 
+def algorithm_with(name):
+    """PPOPlus, or whichever algorithm has a hyperparameter that it lacks."""
+    return next(cls for cls in ALGORITHMS if name in cls.hparams_class.names())
+
+
 def kwargs_with(name, value):
     companions = {"adaptive_kl_target": {"kl_coef": 0.1}}
-    return {**SMALL, **companions.get(name, {}), name: value}
+    return {**ALGORITHMS[algorithm_with(name)], **companions.get(name, {}), name: value}
+
+
+def companions_of(name, value):
+    """The same for ``load``, which is given no sizes."""
+    small = ALGORITHMS[algorithm_with(name)]
+    return {key: value for key, value in kwargs_with(name, value).items() if key not in small or key == name}
 
 
 def allowed_words(name):
-    return PPOHparams.spec(name).allowed()
+    return algorithm_with(name).hparams_class.spec(name).allowed()
 
 
 def construct(**kwargs):
     return PPOPlus("MlpPolicy", "CartPole-v1", **kwargs)
 
 
+def construct_with(name, value):
+    return algorithm_with(name)("MlpPolicy", "CartPole-v1", **kwargs_with(name, value))
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved") / "model.zip"
-    construct(**SMALL).save(path)
-    return path
+def saved_by(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    for cls, small in ALGORITHMS.items():
+        cls("MlpPolicy", "CartPole-v1", **small).save(folder / f"{cls.__name__}.zip")
+    return {cls: folder / f"{cls.__name__}.zip" for cls in ALGORITHMS}
+
+
+@pytest.fixture
+def saved(saved_by):
+    return saved_by[PPOPlus]
 
 
 def test_the_lists_cover_every_hyperparameter():
-    known = {*NUMBERS, *SCHEDULED, *INTEGERS, *OPTIONAL_INTEGERS, *SWITCHES, *CHOICES}
-    assert known == set(PPOHparams.names())
+    known = {*NUMBERS, *SCHEDULED, *INTEGERS, *INTEGERS_FROM_0, *OPTIONAL_INTEGERS, *SWITCHES, *CHOICES}
+    assert known == {*PPOHparams.names(), *A2CHparams.names(), *TRPOHparams.names()}
 
 
 # --- one value ----------------------------------------------------------------------------------------------
@@ -85,7 +120,7 @@ def test_the_lists_cover_every_hyperparameter():
 @pytest.mark.parametrize(("name", "value"), WRONG_TYPE)
 def test_a_value_of_the_wrong_type_is_a_type_error_that_names_it(name, value):
     with pytest.raises(TypeError) as caught:
-        construct(**kwargs_with(name, value))
+        construct_with(name, value)
     text = str(caught.value)
     assert f"`{name}`" in text
     assert repr(value) in text
@@ -95,7 +130,7 @@ def test_a_value_of_the_wrong_type_is_a_type_error_that_names_it(name, value):
 @pytest.mark.parametrize(("name", "value"), NOT_ALLOWED)
 def test_a_value_that_is_not_allowed_is_a_value_error_that_says_what_is(name, value):
     with pytest.raises(ValueError) as caught:
-        construct(**kwargs_with(name, value))
+        construct_with(name, value)
     text = str(caught.value)
     assert f"`{name}` must be {allowed_words(name)}, got" in text
     assert repr(value) in text or str(value) in text
@@ -105,7 +140,7 @@ def test_a_value_that_is_not_allowed_is_a_value_error_that_says_what_is(name, va
 @pytest.mark.parametrize("name", ["learning_rate", "ent_coef", "clip_range_vf"])
 def test_a_string_that_is_no_schedule_is_a_value_error_that_shows_how_to_write_one(name, value):
     with pytest.raises(ValueError, match="write a number, 'lin_<start>'") as caught:
-        construct(**kwargs_with(name, value))
+        construct_with(name, value)
     assert f"`{name}` is {value!r}" in str(caught.value)
 
 
@@ -113,7 +148,7 @@ def test_a_string_that_is_no_schedule_is_a_value_error_that_shows_how_to_write_o
 @pytest.mark.parametrize("value", ["lin_0.2_-1", "cos_0.2_-0.1", lambda progress: progress - 0.5])
 def test_a_schedule_that_will_leave_the_allowed_range_is_refused_before_training(name, value):
     with pytest.raises(ValueError, match=f"`{name}`"):
-        construct(**kwargs_with(name, value))
+        construct_with(name, value)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +166,7 @@ def test_a_schedule_that_ends_at_zero_is_allowed_for_every_coefficient(name):
 
 @pytest.mark.parametrize(("name", "value"), [("gamma", np.float32(0.5)), ("n_steps", np.int64(8)), ("gamma", 1)])
 def test_numpys_and_pythons_numbers_are_numbers(name, value):
-    resolved = getattr(construct(**kwargs_with(name, value)).hyperparameters_at(1.0), name)
+    resolved = getattr(construct_with(name, value).hyperparameters_at(1.0), name)
     assert resolved == value
     assert type(resolved) in (int, float)
 
@@ -145,17 +180,17 @@ def test_optional_values_may_be_none(name):
 
 
 @pytest.mark.parametrize(("name", "value"), [case for case in WRONG_TYPE if case[0] not in FIXED])
-def test_load_refuses_a_value_of_the_wrong_type(saved, name, value):
-    companions = {key: value for key, value in kwargs_with(name, value).items() if key not in SMALL or key == name}
+def test_load_refuses_a_value_of_the_wrong_type(saved_by, name, value):
+    cls = algorithm_with(name)
     with pytest.raises(TypeError, match=f"`{name}`.*must be|`{name}` must be"):
-        PPOPlus.load(saved, device="cpu", **companions)
+        cls.load(saved_by[cls], device="cpu", **companions_of(name, value))
 
 
 @pytest.mark.parametrize(("name", "value"), [case for case in NOT_ALLOWED if case[0] not in FIXED])
-def test_load_refuses_a_value_that_is_not_allowed(saved, name, value):
-    companions = {key: value for key, value in kwargs_with(name, value).items() if key not in SMALL or key == name}
+def test_load_refuses_a_value_that_is_not_allowed(saved_by, name, value):
+    cls = algorithm_with(name)
     with pytest.raises(ValueError, match=f"`{name}` must be"):
-        PPOPlus.load(saved, device="cpu", **companions)
+        cls.load(saved_by[cls], device="cpu", **companions_of(name, value))
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -163,6 +198,51 @@ def test_load_refuses_to_change_what_is_part_of_the_saved_model(saved, name):
     other = {"activation_fn": "relu", "normalize_value_targets": True}.get(name, False)
     with pytest.raises(ValueError, match=f"`{name}` is part of the saved model and cannot be changed"):
         PPOPlus.load(saved, device="cpu", **{name: other})
+
+
+# --- where the algorithms differ ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["constructor", "load"])
+@pytest.mark.parametrize(
+    ("value", "error", "allowed"),
+    [
+        (None, TypeError, "a number, a string such as 'lin_3e-4'"),
+        (0, ValueError, "a number > 0 (or a schedule of such numbers), got 0"),
+        (-0.1, ValueError, "a number > 0 (or a schedule of such numbers), got -0.1"),
+        ("nan", ValueError, "a number > 0 (or a schedule of such numbers), got nan"),
+    ],
+)
+def test_trpo_cannot_do_without_a_trust_region(
+    saved_by, how: str, value: object, error: type[Exception], allowed: str
+) -> None:
+    with pytest.raises(error, match=re.escape(f"`target_kl` must be {allowed}")):
+        if how == "load":
+            TRPOPlus.load(saved_by[TRPOPlus], device="cpu", target_kl=value)
+        else:
+            TRPOPlus("MlpPolicy", "CartPole-v1", **{**ALGORITHMS[TRPOPlus], "target_kl": value})
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS)
+@pytest.mark.parametrize("value", [0, "3", None, 2.0])
+def test_the_number_of_environments_is_checked_before_any_is_made(cls: type, value: object) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(f"`n_envs` must be an integer >= 1, got {value!r}")):
+        cls("MlpPolicy", "NoSuchEnvironment-v0", **{**ALGORITHMS[cls], "n_envs": value})
+
+
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+@pytest.mark.parametrize("cls", [A2CPlus, TRPOPlus])
+def test_normalising_one_advantage_is_refused(cls: type) -> None:
+    settings = {**ALGORITHMS[cls], "n_steps": 1, "normalize_advantage": True}
+    with pytest.raises(ValueError, match=r"`n_steps \* n_envs` must be greater than 1 .*n_steps=1 and n_envs=1"):
+        cls("MlpPolicy", "CartPole-v1", **settings)
+    cls("MlpPolicy", "CartPole-v1", **{**settings, "n_envs": 2})
+    cls("MlpPolicy", "CartPole-v1", **{**settings, "normalize_advantage": False})
+
+
+def test_trpos_ragged_minibatch_is_mentioned_as_by_sb3() -> None:
+    with pytest.warns(UserWarning, match="truncated mini-batch of size 3"):
+        TRPOPlus("MlpPolicy", "CartPole-v1", **{**ALGORITHMS[TRPOPlus], "batch_size": 5})
 
 
 # --- names --------------------------------------------------------------------------------------------------
@@ -195,6 +275,31 @@ def test_an_unknown_name_is_a_type_error_with_the_nearest_known_one(saved, where
         assert "did you mean" not in str(caught.value)
 
 
+UNKNOWN_ELSEWHERE = [
+    (A2CPlus, "use_rmsprop", "use_rms_prop"),
+    (A2CPlus, "rmsprop_eps", "rms_prop_eps"),
+    (A2CPlus, "clip_range_vf", None),
+    (A2CPlus, "n_epochs", "n_steps"),
+    (TRPOPlus, "damping", "cg_damping"),
+    (TRPOPlus, "fisher_subsampling_factor", "fisher_sub_sampling_factor"),
+    (TRPOPlus, "critic_learning_rate", "learning_rate"),
+]
+
+
+@pytest.mark.parametrize(("cls", "wrong", "right"), UNKNOWN_ELSEWHERE)
+@pytest.mark.parametrize("where", ["constructor", "load"])
+def test_an_argument_of_another_algorithm_is_unknown(
+    saved_by, where: str, cls: type, wrong: str, right: str | None
+) -> None:
+    with pytest.raises(TypeError) as caught:
+        if where == "load":
+            cls.load(saved_by[cls], device="cpu", **{wrong: 1})
+        else:
+            cls("MlpPolicy", "CartPole-v1", **{wrong: 1})
+    assert f"{cls.__name__}{'.load' if where == 'load' else ''} got an unknown argument `{wrong}`" in str(caught.value)
+    assert right is None or f"did you mean `{right}`?" in str(caught.value)
+
+
 def test_a_value_given_twice_is_a_type_error():
     with pytest.raises(TypeError, match="PPOPlus got multiple values for argument `learning_rate`"):
         PPOPlus("MlpPolicy", "CartPole-v1", 1e-3, learning_rate=1e-3)
@@ -203,6 +308,12 @@ def test_a_value_given_twice_is_a_type_error():
 def test_too_many_positional_arguments_are_a_type_error():
     with pytest.raises(TypeError, match="PPOPlus takes at most 26 positional arguments, got 27"):
         PPOPlus("MlpPolicy", "CartPole-v1", *range(25))
+
+
+@pytest.mark.parametrize(("cls", "most"), [(A2CPlus, 23), (TRPOPlus, 26)])
+def test_too_many_positional_arguments_are_a_type_error_of_every_algorithm(cls: type, most: int) -> None:
+    with pytest.raises(TypeError, match=f"{cls.__name__} takes at most {most} positional arguments, got {most + 1}"):
+        cls("MlpPolicy", "CartPole-v1", *range(most - 1))
 
 
 @pytest.mark.parametrize("arguments", [(), ("MlpPolicy",)])
@@ -400,15 +511,25 @@ def test_a_bad_value_assigned_later_is_reported_when_it_is_used(name, value, err
         model.learn(8)
 
 
-def test_every_hyperparameter_has_a_description_and_a_legal_default():
-    PPOHparams.resolve(PPOHparams.defaults())
-    for name in PPOHparams.names():
-        assert len(PPOHparams.spec(name).doc) > 10, name
-    assert set(PPOHparams.names()) <= set(inspect.signature(PPOPlus).parameters)
+@pytest.mark.parametrize("cls", ALGORITHMS)
+def test_every_hyperparameter_has_a_description_and_a_legal_default(cls):
+    hparams = cls.hparams_class
+    hparams.resolve(hparams.defaults())
+    for name in hparams.names():
+        assert len(hparams.spec(name).doc) > 10, name
+    assert set(hparams.names()) <= set(inspect.signature(cls).parameters)
 
 
-@pytest.mark.parametrize("preset", ["SB3_PPO", "LECTURE", "PPO_MINIMAL", "PPO_NO_CLIP"])
+PRESETS = {name: PPOHparams for name in ("SB3_PPO", "LECTURE", "PPO_MINIMAL", "PPO_NO_CLIP")}
+PRESETS |= {"SB3_A2C": A2CHparams} | {name: TRPOHparams for name in ("SB3_TRPO", "TRPO_PLUS", "NPG")}
+
+
+def test_every_preset_is_in_the_list():
+    assert set(PRESETS) == {name for name in vars(presets) if name.isupper() and not name.startswith("_")}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_hold_only_legal_values(preset):
-    values = getattr(presets, preset)
-    assert set(values) <= set(PPOHparams.names())
-    PPOHparams.resolve({**PPOHparams.defaults(), **values})
+    values, hparams = getattr(presets, preset), PRESETS[preset]
+    assert set(values) <= set(hparams.names())
+    hparams.resolve({**hparams.defaults(), **values})

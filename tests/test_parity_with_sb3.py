@@ -1,8 +1,12 @@
 """
-Exact tier: with ``presets.SB3_PPO`` PPOPlus is SB3's PPO bit for bit (eager, CPU, same seed).
+Exact tier: with ``presets.SB3_PPO`` PPOPlus is SB3's PPO bit for bit (eager, CPU, same seed), and with
+``presets.SB3_A2C`` A2CPlus its A2C.
 
 Each case runs both for several iterations and compares every parameter, the optimiser's state, ``predict`` and the
-number of updates with ``==``; nothing here has a tolerance.
+number of updates with ``==``; nothing there has a tolerance.
+
+Then TRPOPlus with ``presets.SB3_TRPO``, which follows sb3-contrib's TRPO up to rounding: the Fisher products are other
+formulas for the same matrix.
 """
 
 from typing import Any
@@ -12,15 +16,16 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import PPO
+from sb3_contrib import TRPO
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_pgplus import PPOPlus, presets
-
-N_ITERATIONS = 4
+from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, presets
+from sb3_pgplus.on_policy import PolicyGradientPlus
 
 
 class DictEnv(gym.Env[Any, Any]):
@@ -47,6 +52,19 @@ class DictEnv(gym.Env[Any, Any]):
         self.steps += 1
         terminated = bool(self.np_random.random() < 0.05)
         return self._observe(), float(action[0] - action[1]), terminated, self.steps >= 13, {}
+
+
+class MultiDiscreteEnv(DictEnv):
+    """The same with its vector alone, which then says more about the reward."""
+
+    observation_space = spaces.Box(-1, 1, (3,), np.float32)  # type: ignore[assignment]  # another space
+
+    def _observe(self) -> Any:
+        return super()._observe()["vector"]
+
+
+class MultiBinaryEnv(MultiDiscreteEnv):
+    action_space = spaces.MultiBinary(3)  # type: ignore[assignment]  # another space
 
 
 class ImageEnv(gym.Env[Any, Any]):
@@ -125,7 +143,81 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(cls: Any, case: dict[str, Any], extra: dict[str, Any]) -> Any:
+TF_LIKE = {"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-5}}
+
+#: "ours" and "theirs" are what one side alone is told.
+A2C_CASES: dict[str, dict[str, Any]] = {
+    "CartPole, 1 env": {"env": "CartPole-v1", "n_envs": 1},
+    "CartPole, 4 envs": {"env": "CartPole-v1", "n_envs": 4},
+    "Pendulum, truncations inside rollouts": {"env": "Pendulum-v1", "n_envs": 4, "n_steps": 16, "time_limit": 7},
+    "HalfCheetah, 4 envs": {"env": "HalfCheetah-v5", "n_envs": 4, "n_steps": 8, "time_limit": 50},
+    "VecNormalize outside": {"env": "Pendulum-v1", "n_envs": 3, "n_steps": 8, "time_limit": 20, "normalize": True},
+    "Dict observations": {"env": DictEnv, "n_envs": 2, "n_steps": 8, "policy": "MultiInputPolicy"},
+    "images": {"env": ImageEnv, "n_envs": 2, "policy": "CnnPolicy"},
+    "gSDE": {"env": "Pendulum-v1", "n_envs": 2, "n_steps": 16, "use_sde": True, "sde_sample_freq": 4},
+    "squashed gSDE (no closed-form entropy)": {
+        "env": "Pendulum-v1",
+        "n_envs": 2,
+        "use_sde": True,
+        "ent_coef": 0.01,
+        "policy_kwargs": {"squash_output": True},
+    },
+    "advantage normalisation": {"env": "CartPole-v1", "n_envs": 2, "normalize_advantage": True},
+    "entropy bonus": {"env": "Pendulum-v1", "n_envs": 2, "ent_coef": 0.01},
+    "Adam": {"env": "CartPole-v1", "n_envs": 2, "use_rms_prop": False},
+    "RMSprop as TensorFlow has it": {
+        "env": "CartPole-v1",
+        "n_envs": 2,
+        "theirs": {"policy_kwargs": TF_LIKE},
+        "ours": {"use_rms_prop": "tf_like"},
+    },
+    "ε of RMSprop": {"env": "CartPole-v1", "n_envs": 2, "rms_prop_eps": 0.1},
+    "annealed rate": {"env": "CartPole-v1", "n_envs": 2, "learning_rate": lambda progress: 1e-3 * progress},
+    "gae_lambda, gamma, vf_coef": {
+        "env": "Pendulum-v1",
+        "n_envs": 2,
+        "n_steps": 16,
+        "time_limit": 10,
+        "gae_lambda": 0.9,
+        "gamma": 0.9,
+        "vf_coef": 0.1,
+    },
+    "separate features extractors": {
+        "env": "CartPole-v1",
+        "n_envs": 2,
+        "policy_kwargs": {"share_features_extractor": False},
+    },
+    "SB3's own buffer class": {"env": "Pendulum-v1", "n_envs": 2, "n_steps": 16, "time_limit": 7, "stock": True},
+}
+
+IMAGES: dict[str, Any] = {"env": ImageEnv, "n_envs": 2, "policy": "CnnPolicy"}
+IMAGES |= {"n_steps": 32, "batch_size": 32, "n_critic_updates": 3, "cg_max_steps": 5}
+
+TRPO_CASES: dict[str, dict[str, Any]] = {
+    "CartPole": {"env": "CartPole-v1", "n_envs": 1},
+    "Pendulum, truncations of 4 envs": {"env": "Pendulum-v1", "n_envs": 4, "n_steps": 64, "time_limit": 30},
+    "HalfCheetah, 4 envs": {"env": "HalfCheetah-v5", "n_envs": 4, "n_steps": 64, "time_limit": 50},
+    "MultiDiscrete actions": {"env": MultiDiscreteEnv, "n_envs": 2},
+    "MultiBinary actions": {"env": MultiBinaryEnv, "n_envs": 2},
+    "VecNormalize outside": {"env": "Pendulum-v1", "n_envs": 3, "n_steps": 64, "time_limit": 20, "normalize": True},
+    "gSDE": {"env": "Pendulum-v1", "n_envs": 2, "use_sde": True, "sde_sample_freq": 4},
+    "every 4th sample": {"env": "Pendulum-v1", "n_envs": 2, "sub_sampling_factor": 4},
+    "images": IMAGES,
+    "images, separate features extractors": {**IMAGES, "policy_kwargs": {"share_features_extractor": False}},
+    "Dict observations": {"env": DictEnv, "n_envs": 2, "policy": "MultiInputPolicy"},
+    "no advantage normalisation": {"env": "CartPole-v1", "n_envs": 2, "normalize_advantage": False},
+    "SB3's own buffer class": {"env": "Pendulum-v1", "n_envs": 2, "time_limit": 30, "stock": True},
+    "a search that fails": {"env": "CartPole-v1", "n_envs": 2, "cg_damping": 1e-5, "line_search_max_iter": 1},
+}
+
+#: SB3's class, ours, the preset, the cases, iterations.
+EXACT: dict[str, tuple[Any, Any, dict[str, Any], dict[str, dict[str, Any]], int]] = {
+    "PPO": (PPO, PPOPlus, presets.SB3_PPO, CASES, 4),
+    "A2C": (A2C, A2CPlus, presets.SB3_A2C, A2C_CASES, 20),
+}
+
+
+def train(cls: Any, case: dict[str, Any], extra: dict[str, Any], n_iterations: int = 4) -> Any:
     case = dict(case)
     policy, normalize, limit = (
         case.pop("policy", "MlpPolicy"),
@@ -133,9 +225,12 @@ def train(cls: Any, case: dict[str, Any], extra: dict[str, Any]) -> Any:
         case.pop("time_limit", None),
     )
     env = make_env(case.pop("env"), case.pop("n_envs"), normalize, limit)
-    case.pop("stock", None)
+    ours, theirs = case.pop("ours", {}), case.pop("theirs", {})
+    if case.pop("stock", False):
+        ours = {**ours, "rollout_buffer_class": RolloutBuffer}
+    extra = {**extra, **(ours if issubclass(cls, PolicyGradientPlus) else theirs)}
     model = cls(policy, env, seed=11, device="cpu", **{**extra, **case})
-    model.learn(N_ITERATIONS * model.n_steps * model.n_envs)
+    model.learn(n_iterations * model.n_steps * model.n_envs)
     return model
 
 
@@ -156,11 +251,13 @@ def assert_same_tree(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
-@pytest.mark.parametrize("name", CASES)
-def test_the_preset_gives_the_parameters_of_sb3_bit_for_bit(name: str) -> None:
-    case = CASES[name]
-    extra = {**presets.SB3_PPO, **({"rollout_buffer_class": RolloutBuffer} if case.get("stock") else {})}
-    theirs, ours = train(PPO, case, {}), train(PPOPlus, case, extra)
+@pytest.mark.parametrize(
+    ("algorithm", "name"), [(algorithm, name) for algorithm, entry in EXACT.items() for name in entry[3]]
+)
+def test_the_preset_gives_the_parameters_of_sb3_bit_for_bit(algorithm: str, name: str) -> None:
+    sb3, plus, preset, cases, n_iterations = EXACT[algorithm]
+    case = cases[name]
+    theirs, ours = train(sb3, case, {}, n_iterations), train(plus, case, preset, n_iterations)
     assert ours._n_updates == theirs._n_updates
     assert_same_tree(ours.policy.state_dict(), theirs.policy.state_dict())
     assert_same_tree(ours.policy.optimizer.state_dict(), theirs.policy.optimizer.state_dict())
@@ -194,9 +291,11 @@ class RecordRollouts(BaseCallback):
         self.rollouts.append({name: np.array(getattr(buffer, name)) for name in names})
 
 
-def test_callbacks_read_the_rollout_that_sb3_shows_them() -> None:
+@pytest.mark.parametrize("algorithm", EXACT)
+def test_callbacks_read_the_rollout_that_sb3_shows_them(algorithm: str) -> None:
+    sb3, plus, preset, _, _ = EXACT[algorithm]
     records = []
-    for cls, extra in ((PPO, {}), (PPOPlus, presets.SB3_PPO)):
+    for cls, extra in ((sb3, {}), (plus, preset)):
         record = RecordRollouts()
         env = make_env("Pendulum-v1", 3, False, 30)
         cls("MlpPolicy", env, seed=5, **{**extra, "n_steps": 64}).learn(3 * 64 * 3, callback=record)
@@ -207,9 +306,14 @@ def test_callbacks_read_the_rollout_that_sb3_shows_them() -> None:
             assert np.array_equal(ours[name], expected), name
 
 
-def test_state_dict_keys_are_those_of_sb3_without_observation_normalisation() -> None:
-    ours = PPOPlus("MlpPolicy", "CartPole-v1", **presets.SB3_PPO)
-    theirs = PPO("MlpPolicy", "CartPole-v1")
+@pytest.mark.parametrize(
+    ("sb3", "plus", "preset"),
+    [(PPO, PPOPlus, presets.SB3_PPO), (A2C, A2CPlus, presets.SB3_A2C), (TRPO, TRPOPlus, presets.SB3_TRPO)],
+)
+def test_state_dict_keys_are_those_of_sb3_without_observation_normalisation(
+    sb3: Any, plus: Any, preset: dict[str, Any]
+) -> None:
+    ours, theirs = plus("MlpPolicy", "CartPole-v1", **preset), sb3("MlpPolicy", "CartPole-v1")
     assert list(ours.policy.state_dict()) == list(theirs.policy.state_dict())
     assert ours.get_parameters().keys() == theirs.get_parameters().keys()
 
@@ -223,3 +327,40 @@ def test_the_fast_path_equals_the_exact_one_to_1e_5_after_an_iteration() -> None
     exact_parameters, fast_parameters = (list(model.policy.parameters()) for model in models)
     for a, b in zip(exact_parameters, fast_parameters, strict=True):
         assert th.allclose(a, b, atol=1e-5, rtol=0)
+
+
+# --- TRPO, up to rounding ---------------------------------------------------------------------------------------------
+
+TRPO_SIZES: dict[str, Any] = {"n_steps": 128, "batch_size": 64}
+
+
+@pytest.mark.parametrize("name", TRPO_CASES)
+def test_the_trpo_preset_follows_sb3_contrib_to_1e_5_for_an_iteration(name: str) -> None:
+    case = {**TRPO_SIZES, **TRPO_CASES[name]}
+    theirs, ours = train(TRPO, case, {}, 1), train(TRPOPlus, case, presets.SB3_TRPO, 1)
+    untrained = train(TRPOPlus, case, presets.SB3_TRPO, 0).policy.state_dict()
+    keys = ("train/is_line_search_success", "train/kl_divergence_loss", "train/policy_objective", "train/value_loss")
+    for key in keys:
+        expected = theirs.logger.name_to_value[key]
+        assert ours.logger.name_to_value[key] == pytest.approx(expected, rel=1e-3, abs=1e-6), key
+    assert ours.logger.name_to_value[keys[0]] == (0 if name == "a search that fails" else 1)
+    expected, actual = theirs.policy.state_dict(), ours.policy.state_dict()
+    assert list(actual) == list(expected)
+    for key, value in expected.items():
+        th.testing.assert_close(actual[key], value, atol=1e-5, rtol=0, msg=key)
+    # Policy and critic moved, and further than the tolerance: agreement is not that of two models that stood still.
+    moved = {key for key, value in expected.items() if (value - untrained[key]).abs().max() > 1e-4}
+    assert ("action_net.weight" in moved) == (name != "a search that fails")
+    assert "value_net.weight" in moved
+    observations = theirs.env.reset()
+    expected, _ = theirs.predict(observations, deterministic=True)
+    actual, _ = ours.predict(observations, deterministic=True)
+    np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
+
+
+def test_dict_observations_can_be_thinned_where_sb3_contrib_fails() -> None:
+    case = {**TRPO_SIZES, **TRPO_CASES["Dict observations"], "sub_sampling_factor": 4}
+    with pytest.raises(TypeError, match="unhashable type: 'slice'"):
+        train(TRPO, case, {}, 1)
+    ours = train(TRPOPlus, case, presets.SB3_TRPO, 1)
+    assert ours.logger.name_to_value["train/is_line_search_success"] == 1

@@ -24,8 +24,8 @@ def pendulum(n_envs: int = 2, limit: int = 15) -> Any:
     )
 
 
-def parameters_after(n_iterations: int = 3, **settings: Any) -> th.Tensor:
-    model = PPOPlus("MlpPolicy", pendulum(), **{**TINY, **settings})
+def parameters_after(n_iterations: int = 3, env: Any = None, **settings: Any) -> th.Tensor:
+    model = PPOPlus("MlpPolicy", env or pendulum(), **{**TINY, **settings})
     model.learn(n_iterations * model.n_steps * model.n_envs)
     return nn.utils.parameters_to_vector(model.policy.parameters()).detach()
 
@@ -34,6 +34,7 @@ def parameters_after(n_iterations: int = 3, **settings: Any) -> th.Tensor:
 KNOBS: dict[str, tuple[Any, dict[str, Any]]] = {
     "learning_rate": ("lin_1e-3", {}),
     "n_steps": (20, {}),
+    "n_envs": (2, {"env": "Pendulum-v1"}),
     "gamma": (0.9, {}),
     "gae_lambda": (0.5, {}),
     "normalize_advantage": (False, {}),
