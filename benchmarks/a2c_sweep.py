@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import pathlib
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -31,10 +32,15 @@ from sb3_pgplus.files import write_atomically
 STORE = pathlib.Path(__file__).parent / "results" / "a2c_sweep"
 TASKS = {"HalfCheetah-v5": 300_000, "Reacher-v5": 300_000, "CartPole-v1": 100_000}
 GRID = {"gae_lambda": (0.9, 1.0), "n_steps": (8, 32), "n_envs": (8, 32)}
+GRID_SETTINGS = set(itertools.product(*GRID.values()))
+SB3_SETTING = (1.0, 5, 8)
 SEARCH_SEEDS = (100, 101, 102)
 FRESH_SEEDS = (200, 201, 202)
 EVALUATE_AT = (0.9, 0.95, 1.0)
 EVALUATION_SEED = 10_000
+
+Setting = tuple[float, int, int]
+Scores = dict[tuple[str, Setting], list[float]]
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,6 @@ class Run:
     n_steps: int
     n_envs: int
     seed: int
-
-    @property
-    def setting(self) -> tuple[float, int, int]:
-        """What the sweep varies."""
-        return self.gae_lambda, self.n_steps, self.n_envs
 
     @property
     def path(self) -> pathlib.Path:
@@ -103,40 +104,48 @@ def train(run: Run) -> None:
     write_atomically(run.path, json.dumps(result, indent=1).encode())
 
 
-def scores(seeds: tuple[int, ...]) -> dict[tuple[str, tuple[float, int, int]], list[float]]:
-    """(task, setting) → score of each stored run with one of these seeds."""
-    found: dict[tuple[str, tuple[float, int, int]], list[float]] = {}
+def scores(seeds: tuple[int, ...], settings: Collection[Setting]) -> Scores:
+    """(task, setting) → score of each stored run with one of these seeds and settings."""
+    found: Scores = {}
     for path in sorted(STORE.glob("*.json")):
         stored = json.loads(path.read_text())
-        if stored["seed"] in seeds:
-            setting = (stored["gae_lambda"], stored["n_steps"], stored["n_envs"])
+        setting = (stored["gae_lambda"], stored["n_steps"], stored["n_envs"])
+        if stored["seed"] in seeds and setting in settings and stored["env"] in TASKS:
             found.setdefault((stored["env"], setting), []).append(float(np.mean(stored["evaluations"])))
     return found
 
 
-def ranking(found: dict[tuple[str, tuple[float, int, int]], list[float]]) -> list[tuple[float, tuple[float, int, int]]]:
+def ranking(found: Scores) -> list[tuple[float, Setting]]:
     """Settings by their mean scaled score, best first."""
-    settings = sorted({setting for _, setting in found})
-    scaled = {setting: [] for setting in settings}
+    scaled: dict[Setting, list[float]] = {setting: [] for _, setting in found}
     for task in TASKS:
-        means = {setting: np.mean(found[task, setting]) for setting in settings if (task, setting) in found}
-        low, high = min(means.values()), max(means.values())
+        means = {setting: np.mean(found[task, setting]) for setting in scaled if (task, setting) in found}
+        low, high = min(means.values(), default=0.0), max(means.values(), default=0.0)
         for setting, mean in means.items():
             scaled[setting].append((mean - low) / max(high - low, 1e-12))
     return sorted(((float(np.mean(values)), setting) for setting, values in scaled.items()), reverse=True)
 
 
-def print_table(seeds: tuple[int, ...]) -> None:
-    """A Markdown table of what is stored for these seeds: mean ± standard deviation over seeds."""
-    found = scores(seeds)
+def cell_text(cell: list[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    if not cell:
+        return "–"
+    digits = 0 if abs(np.mean(cell)) >= 100 else 1
+    spread = f" ± {np.std(cell, ddof=1):.{digits}f}" if len(cell) > 1 else ""
+    return f"{np.mean(cell):.{digits}f}{spread}"
+
+
+def print_table(title: str, seeds: tuple[int, ...], settings: Collection[Setting]) -> None:
+    """A Markdown table of what is stored: mean ± standard deviation over seeds."""
+    found = scores(seeds, settings)
     if not found:
         return
-    print(f"seeds {', '.join(map(str, seeds))}\n")
+    print(f"{title}: seeds {', '.join(map(str, seeds))}\n")
     print("| λ | n_steps | environments | " + " | ".join(TASKS) + " | scaled mean |")
     print("|---" * (len(TASKS) + 4) + "|")
     for total, setting in ranking(found):
         cells = [found.get((task, setting), []) for task in TASKS]
-        texts = [f"{np.mean(c):.0f} ± {np.std(c, ddof=1):.0f}" if len(c) > 1 else "–" for c in cells]
+        texts = [cell_text(cell) for cell in cells]
         print("| " + " | ".join([*map(str, setting), *texts, f"{total:.2f}"]) + " |")
     print()
 
@@ -149,17 +158,19 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the tables")
     options = parser.parse_args()
     STORE.mkdir(parents=True, exist_ok=True)
-    settings, seeds = list(itertools.product(*GRID.values())), SEARCH_SEEDS
+    settings, seeds = list(GRID_SETTINGS), SEARCH_SEEDS
     if options.confirm:
-        settings, seeds = [ranking(scores(SEARCH_SEEDS))[0][1], (1.0, 5, 8)], FRESH_SEEDS
+        settings, seeds = [ranking(scores(SEARCH_SEEDS, GRID_SETTINGS))[0][1], SB3_SETTING], FRESH_SEEDS
     runs = [Run(env, *setting, seed) for seed in seeds for setting in settings for env in TASKS]
     missing = [run for run in runs if not run.path.exists()]
     if missing and not options.table:
         with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
             for _ in track(pool.imap_unordered(train, missing), "trainings", total=len(missing)):
                 pass
-    print_table(SEARCH_SEEDS)
-    print_table(FRESH_SEEDS)
+    stored = {(float(path.stem.split("_")[1]), *map(int, path.stem.split("_")[2:4])) for path in STORE.glob("*.json")}
+    print_table("The grid", SEARCH_SEEDS, GRID_SETTINGS)
+    print_table("Tried once, outside the grid", SEARCH_SEEDS, stored - GRID_SETTINGS)
+    print_table("Winner and SB3's values on fresh seeds", FRESH_SEEDS, stored)
 
 
 if __name__ == "__main__":

@@ -266,7 +266,8 @@ class A2CHparams(ActorCriticHparams):
 
     learning_rate: float = _scheduled("lin_7e-4", "Step size of the optimiser.", minimum=0)
     n_steps: int = _integer(8, "Steps per environment and rollout (T).", minimum=1)
-    n_envs: int = _integer(16, "Environments to make where `env` is an id; otherwise `env` decides.", minimum=1)
+    n_envs: int = _integer(8, "Environments to make where `env` is an id; otherwise `env` decides.", minimum=1)
+    gae_lambda: float = _number(0.9, "λ of GAE: bias (0) against variance (1).", minimum=0, maximum=1)
     normalize_advantage: bool = _switch(False, "Normalise advantages over the rollout.")
     use_rms_prop: bool | str = _choice(
         True,

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import (
     CSVOutputFormat,
     HumanOutputFormat,
@@ -33,6 +34,9 @@ from sb3_pgplus.playing import Evaluation, evaluate
 from sb3_pgplus.reporting.learning_curve import Episodes, plot_learning_curve
 from sb3_pgplus.reporting.progress_bar import EpisodeRecorder, TrainingProgress
 from sb3_pgplus.run_folder import RunFolder, check_unused, create_run_folder, package_versions
+
+#: A longer run logs every few iterations.
+MOST_ROWS = 500
 
 
 class TrainingError(RuntimeError):
@@ -160,7 +164,9 @@ def changed_settings(settings: RunSettings, model: PolicyGradientPlus[Any]) -> d
     """
     defaults = PLUMBING | model.hparams_class.defaults()
     values = settings.hyperparameters | model.hyperparameters()
-    return {name: (value, defaults.get(name)) for name, value in values.items() if value != defaults.get(name)}
+    changed = {name: (value, defaults.get(name)) for name, value in values.items() if value != defaults.get(name)}
+    changed.pop("n_envs", None)  # shown with the steps
+    return changed
 
 
 def start_panel(settings: RunSettings, model: PolicyGradientPlus[Any], folder: RunFolder) -> Panel:
@@ -217,7 +223,8 @@ def _learn(
     model.set_logger(logger)
     interrupted = False
     try:
-        model.learn(settings.n_timesteps, callback=[recorder, bar] if bar else [recorder])
+        callbacks: list[BaseCallback] = [recorder, bar] if bar else [recorder]
+        model.learn(settings.n_timesteps, callback=callbacks, log_interval=rows_between(model, settings.n_timesteps))
     except KeyboardInterrupt:
         interrupted = True
     except Exception as error:
@@ -229,6 +236,16 @@ def _learn(
             bar.close()
         logger.close()
     return recorder.episodes, interrupted
+
+
+def rows_between(model: PolicyGradientPlus[Any], n_timesteps: int) -> int:
+    """
+    Iterations from one row of ``progress.csv`` to the next: 1, or more where short rollouts would give thousands.
+
+    :param model: knows the length of its rollouts
+    :param n_timesteps: length of the run
+    """
+    return max(1, n_timesteps // (model.n_steps * model.n_envs * MOST_ROWS))
 
 
 def _logger(model: PolicyGradientPlus[Any], folder: RunFolder) -> Logger:

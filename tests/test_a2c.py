@@ -323,7 +323,7 @@ def test_normalised_value_targets_leave_the_critics_predictions_as_they_were() -
 
 
 def test_an_id_becomes_as_many_environments_as_asked_for() -> None:
-    assert A2CPlus("MlpPolicy", "CartPole-v1").get_env().num_envs == 16
+    assert A2CPlus("MlpPolicy", "CartPole-v1").get_env().num_envs == A2CHparams.defaults()["n_envs"] == 8
     model = A2CPlus("MlpPolicy", "CartPole-v1", n_envs=3, n_steps=4).learn(24)
     assert model.n_envs == model.get_env().num_envs == 3
     assert model.rollout_buffer.rewards.shape == (4, 3)

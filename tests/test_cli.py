@@ -477,3 +477,12 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sb3_pgplus.cli", "--help"]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     assert all(name in output for name in ("train", "evaluate", "enjoy"))
+
+
+def test_a_run_of_short_rollouts_logs_some_hundred_rows_and_not_thousands(tmp_path: Path) -> None:
+    # 1400 steps in rollouts of 2: 700 iterations, of which every one is logged; 2400: 1200, of which every second.
+    for steps, rows in ((1400, 700), (2400, 600)):
+        settings = ["--set", "n_steps=1", "--n-envs", "2", "--algo", "a2cplus", "--env", "CartPole-v1", "--no-progress"]
+        out = tmp_path / str(steps)
+        succeed("train", *settings, "--n-timesteps", str(steps), "--out", out)
+        assert len((out / "progress.csv").read_text().splitlines()) == rows + 1  # and the header
