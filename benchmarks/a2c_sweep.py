@@ -127,12 +127,12 @@ def ranking(found: Scores) -> list[tuple[float, Setting]]:
 
 
 def cell_text(cell: list[float]) -> str:
-    """Mean ± standard deviation over seeds."""
+    """Mean ± standard deviation over seeds, with their number where some are missing."""
     if not cell:
         return "–"
     digits = 0 if abs(np.mean(cell)) >= 100 else 1
     spread = f" ± {np.std(cell, ddof=1):.{digits}f}" if len(cell) > 1 else ""
-    return f"{np.mean(cell):.{digits}f}{spread}"
+    return f"{np.mean(cell):.{digits}f}{spread}" + (f" ({len(cell)})" if len(cell) < len(SEARCH_SEEDS) else "")
 
 
 def print_table(title: str, seeds: tuple[int, ...], settings: Collection[Setting]) -> None:
