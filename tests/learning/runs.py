@@ -7,7 +7,6 @@ it; SB3's under its version and settings. Run as a script to compute some of the
 """
 
 import ast
-import copy
 import hashlib
 import json
 import os
@@ -147,7 +146,7 @@ def train_zoo(what: str, env_id: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 class MeasuredTRPO(sb3_pgplus.TRPOPlus):
-    """TRPOPlus that measures every update's KL on the rollout's states by torch's own formula, from stored copies."""
+    """TRPOPlus that measures every update's KL on the rollout's states by torch's own formula."""
 
     def _reset_training_state(self) -> None:
         super()._reset_training_state()
@@ -156,7 +155,8 @@ class MeasuredTRPO(sb3_pgplus.TRPOPlus):
         self.kl_with_statistics: list[float] = []
 
     def train(self) -> None:
-        self.before, self.states = copy.deepcopy(self.policy), self.rollout_buffer.flat("observations").clone()
+        self.states = self.rollout_buffer.flat("observations").clone()
+        self.before = self.distribution()
         super().train()
         self.kl.append(self.measure())
 
@@ -166,12 +166,15 @@ class MeasuredTRPO(sb3_pgplus.TRPOPlus):
             self.kl_with_statistics.append(self.measure())
         return super().collect_rollouts(env, *args, **kwargs)
 
-    def measure(self) -> float:
-        for policy in (self.before, self.policy):
-            policy.set_training_mode(False)
+    def distribution(self) -> th.distributions.Distribution:
+        """The policy on the stored states, as torch's own distribution, which keeps its parameters."""
+        self.policy.set_training_mode(False)
         with th.no_grad():
-            old, new = (policy.get_distribution(self.states).distribution for policy in (self.before, self.policy))
-        kl = th.distributions.kl_divergence(old, new)
+            found: th.distributions.Distribution = self.policy.get_distribution(self.states).distribution
+        return found
+
+    def measure(self) -> float:
+        kl = th.distributions.kl_divergence(self.before, self.distribution())
         return float((kl if kl.ndim == 1 else kl.sum(dim=-1)).double().mean())
 
 
