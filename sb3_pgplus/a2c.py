@@ -60,12 +60,17 @@ class A2CPlus(PolicyGradientPlus[A2CHparams]):
             kwargs["optimizer_kwargs"] = {"alpha": 0.99, "eps": settings.rms_prop_eps, "weight_decay": 0, **given}
         return kwargs
 
+    def _calls_per_rollout(self, hp: A2CHparams) -> dict[str, int]:
+        return {**super()._calls_per_rollout(hp), "update": 1}
+
     def update(self, hp: A2CHparams, metrics: Metrics) -> None:
         """One gradient step on all samples of the rollout."""
+        parameters, n_samples = list(self.policy.parameters()), hp.n_steps * self.n_envs
+        gradient_of = self._gradient_of("update", self.loss, hp, parameters, n_samples)
         for batch in self.rollout_buffer.get(batch_size=None):
-            loss, diagnostics = self.loss(cast(RolloutSamples, batch), hp)
-            norm = self._gradient_step(loss, batch, list(self.policy.parameters()), hp.max_grad_norm)
-            metrics.add(diagnostics | {"train/grad_norm": norm})
+            gradient = gradient_of(batch)
+            self._apply(gradient, batch)
+            metrics.add({**gradient.diagnostics, "train/grad_norm": gradient.norm})
         self._n_updates += 1
         self.logger.record("train/ent_coef", hp.ent_coef)
 

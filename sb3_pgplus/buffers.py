@@ -117,6 +117,8 @@ class TorchRolloutBuffer(RolloutBuffer):
     returns = _NumpyView("returns")
 
     _storage: dict[str, Any] | None = None
+    #: NumPy views of the storage, where it lies on the CPU.
+    _rows: dict[str, np.ndarray[Any, Any]] | None = None
 
     def reset(self) -> None:
         """Start a new rollout in the storage of the last one."""
@@ -167,14 +169,23 @@ class TorchRolloutBuffer(RolloutBuffer):
         if "observations" not in self._storage:
             self._storage["observations"] = self._allocate_observations(obs)
         self._write_observations(obs)
-        row = {name: self._storage[name][self.pos] for name in ("actions", *_SCALAR_FIELDS[:4])}
-        row["actions"].copy_(as_tensor(action).reshape(self.n_envs, self.action_dim))
-        row["rewards"].copy_(as_tensor(reward))
-        row["episode_starts"].copy_(as_tensor(episode_start))
-        row["values"].copy_(value.detach().reshape(-1))
-        row["log_probs"].copy_(log_prob.detach().reshape(-1))
+        self._write_row("actions", action.reshape(self.n_envs, self.action_dim))
+        self._write_row("rewards", reward)
+        self._write_row("episode_starts", episode_start)
+        self._write_row("values", value.detach().reshape(-1))
+        self._write_row("log_probs", log_prob.detach().reshape(-1))
         self.pos += 1
         self.full = self.pos == self.buffer_size
+
+    def _write_row(self, name: str, row: Any) -> None:
+        """Store what one step of all environments brought, ``[N, ...]``, by NumPy where it lies: that is quickest."""
+        if self._rows is None:
+            self._storage[name][self.pos].copy_(as_tensor(row))  # type: ignore[index]  # allocated by now
+        else:
+            self._rows[name][self.pos] = row.numpy() if isinstance(row, th.Tensor) else row
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": None}  # a copy's views would still be the original's
 
     def set_bootstraps(self, last_values: th.Tensor, dones: Any, end: RolloutEnd, final_values: th.Tensor) -> None:
         """
@@ -269,6 +280,8 @@ class TorchRolloutBuffer(RolloutBuffer):
         action_dtype = th.int64 if integer_actions else th.float32
         self._storage = {name: th.zeros(size, device=self.device) for name in _SCALAR_FIELDS}
         self._storage["actions"] = th.zeros((*size, self.action_dim), dtype=action_dtype, device=self.device)
+        if th.device(self.device).type == "cpu":
+            self._rows = {name: tensor.numpy() for name, tensor in self._storage.items()}
 
     def _allocate_observations(self, obs: Any) -> Any:
         return self._zeros_like(obs, self.obs_shape)
@@ -282,12 +295,18 @@ class TorchRolloutBuffer(RolloutBuffer):
         self._write(self.tensor("observations"), obs)
 
     def _write(self, storage: th.Tensor, obs: Any) -> None:
+        row = storage[self.pos]
+        if row.device.type == "cpu" and isinstance(obs, np.ndarray):
+            array = row.numpy()
+            if array.dtype == obs.dtype:
+                array[:] = obs.reshape(array.shape)
+                return
         tensor = as_tensor(obs)
         if not _fits(tensor.dtype, storage.dtype):
             raise TypeError(
                 f"observations came as {storage.dtype} at first and now as {tensor.dtype}, which would be cut"
             )
-        storage[self.pos].copy_(tensor.reshape(storage.shape[1:]))
+        row.copy_(tensor.reshape(row.shape))
 
 
 class TorchDictRolloutBuffer(TorchRolloutBuffer, DictRolloutBuffer):  # type: ignore[misc]  # `get` yields our samples

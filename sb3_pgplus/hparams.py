@@ -183,6 +183,12 @@ class PolicyGradientHparams:
     max_nonfinite_updates: int = _integer(
         3, "Non-finite updates in a row (each one skipped) after which training stops with an error.", minimum=1
     )
+    compile: bool | str = _choice(
+        "auto",
+        ("auto", True, False),
+        "Compile update and policy step. 'auto': where the training is long enough to pay it back. It changes rounding "
+        "only; `engine_report()` says what is compiled, and why the rest is not.",
+    )
     sb3_exact: bool = _switch(
         False,
         "SB3's order of floating-point operations (GAE loop, bootstraps one by one) and its timing of schedules "

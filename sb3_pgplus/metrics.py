@@ -17,16 +17,16 @@ class Metrics:
     """Collects scalar tensors under the logger's names and reduces them in one go."""
 
     def __init__(self) -> None:
-        self._values: defaultdict[str, list[th.Tensor]] = defaultdict(list)
+        self._values: defaultdict[str, list[th.Tensor | float]] = defaultdict(list)
 
-    def add(self, values: Mapping[str, th.Tensor]) -> None:
+    def add(self, values: Mapping[str, th.Tensor | float]) -> None:
         """
         Add one minibatch's scalars.
 
-        :param values: logger key → scalar tensor, on any device
+        :param values: logger key → number, or scalar tensor on any device
         """
         for name, value in values.items():
-            self._values[name].append(value.detach())
+            self._values[name].append(value.detach() if isinstance(value, th.Tensor) else value)
 
     def restart(self, name: str) -> None:
         """Forget what was collected under a name (SB3's ``approx_kl`` is the mean of the last epoch alone)."""
@@ -40,5 +40,14 @@ class Metrics:
         """
         if not self._values:
             return {}
-        reduced = [_REDUCTIONS.get(name, th.mean)(th.stack(values).double()) for name, values in self._values.items()]
+        stacked = {name: _stack(values) for name, values in self._values.items()}
+        reduced = [_REDUCTIONS.get(name, th.mean)(values) for name, values in stacked.items()]
         return dict(zip(self._values, th.stack(reduced).tolist(), strict=True))
+
+
+def _stack(values: list[th.Tensor | float]) -> th.Tensor:
+    """``[n]``, double precision; one minibatch may have given a number and the next a tensor."""
+    tensors = [value for value in values if isinstance(value, th.Tensor)]
+    if len(tensors) == len(values):
+        return th.stack(tensors).double()
+    return th.tensor([float(value) for value in values], dtype=th.float64)

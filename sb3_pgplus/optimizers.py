@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch as th
-from torch.optim.adam import adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
@@ -54,7 +53,10 @@ def _is_lean(optimizer: th.optim.Optimizer) -> bool:
     own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     if any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
         return False
-    plain = all(group["fused"] and not group["amsgrad"] for group in optimizer.param_groups)
+    plain = all(
+        group["fused"] and not group["amsgrad"] and not group["decoupled_weight_decay"]
+        for group in optimizer.param_groups
+    )
     return plain and all(p in optimizer.state for group in optimizer.param_groups for p in _with_gradient(group))
 
 
@@ -66,21 +68,35 @@ def _with_gradient(group: dict[str, Any]) -> list[th.Tensor]:
 def _adam_step(optimizer: th.optim.Optimizer, group: dict[str, Any], parameters: list[th.Tensor]) -> None:
     states = [optimizer.state[p] for p in parameters]
     exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in _ADAM_STATE)
+    counter = _shared_counter(states, steps)
+    counter += 1
     beta1, beta2 = group["betas"]
-    adam(
+    th._fused_adam_(
         parameters,
         [p.grad for p in parameters],  # type: ignore[misc]  # those without were left out
         exp_avgs,
         exp_avg_sqs,
         [],
-        steps,
-        fused=True,
-        amsgrad=False,
+        [state["step"] for state in states],
+        lr=group["lr"],
         beta1=beta1,
         beta2=beta2,
-        lr=group["lr"],
         weight_decay=group["weight_decay"],
-        decoupled_weight_decay=group["decoupled_weight_decay"],
         eps=group["eps"],
+        amsgrad=False,
         maximize=group["maximize"],
     )
+
+
+def _shared_counter(states: list[dict[str, Any]], steps: list[th.Tensor]) -> th.Tensor:
+    """
+    The parameters' step counters as views of one tensor, which is counted up in one operation.
+
+    They stay tensors of their own to torch, as its optimiser and its state dict have them.
+    """
+    base = steps[0]._base
+    if base is None or len(base) != len(steps) or any(step._base is not base for step in steps):
+        base = th.stack(steps)
+        for state, view in zip(states, base.unbind(), strict=True):
+            state["step"] = view
+    return base

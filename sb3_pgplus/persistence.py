@@ -56,6 +56,7 @@ class Persistence(_Base):
             "reward_normalizer",
             "value_normalizer",
             "_rollout_end",
+            "_engine",
             "_observations_merged",
             "_lr_schedule_source",
             "_warned_short_learns",

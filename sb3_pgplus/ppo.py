@@ -3,6 +3,8 @@ Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.0
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import ClassVar, cast
 
 import torch as th
@@ -60,11 +62,18 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
     def _check_batch(self, hp: PPOHparams, n_envs: int) -> None:
         check_minibatches(hp, n_envs)
 
+    def _calls_per_rollout(self, hp: PPOHparams) -> dict[str, int]:
+        n_minibatches = hp.n_steps * self.n_envs // hp.batch_size
+        further = 0 if hp.n_critic_epochs is None else max(0, hp.n_critic_epochs - hp.n_epochs)
+        calls = {"update": hp.n_epochs * n_minibatches, "critic update": further * n_minibatches}
+        return {**super()._calls_per_rollout(hp), **{unit: n for unit, n in calls.items() if n}}
+
     def update(self, hp: PPOHparams, metrics: Metrics) -> None:
         """Epochs of minibatch steps, ended early by ``target_kl``; then the critic's further epochs."""
         n_critic_epochs = hp.n_epochs if hp.n_critic_epochs is None else hp.n_critic_epochs
         if hp.kl_coef is not None:
             self._store_old_distribution()
+        settings, hp = hp, self._with_adapted_kl_coef(hp)
         for epoch in range(hp.n_epochs):
             # "auto" is on wherever it can be; True was refused at set-up where it cannot.
             if hp.recompute_advantages and epoch > 0 and isinstance(self.rollout_buffer, TorchRolloutBuffer):
@@ -82,12 +91,14 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             self._fit_critic_further(hp, metrics, n_done=epoch + finished)
         if hp.adaptive_kl_target is not None:
             self._adapt_kl_coef(hp.adaptive_kl_target)
-        self._log_settings(hp, epoch + 1)
+        self._log_settings(settings, epoch + 1)
 
     def _fit_critic_further(self, hp: PPOHparams, metrics: Metrics, n_done: int) -> None:
         """The critic's epochs beyond those it shared with the policy."""
 
-        def weighted(values: th.Tensor, batch: RolloutSamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        def weighted(
+            values: th.Tensor, batch: RolloutSamples, hp: PPOHparams
+        ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
             loss, diagnostics = self._critic_loss(values, batch, hp)
             return hp.vf_coef * loss, diagnostics
 
@@ -102,14 +113,16 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         :return: False if the KL exceeded 1.5 times ``target_kl``, before that minibatch's step (SB3's meaning)
         """
         parameters = list(self.policy.parameters())
+        loss = partial(self.loss, with_critic=with_critic)
+        gradient_of = self._gradient_of("update", loss, hp, parameters, hp.batch_size, variant=with_critic)
         # SB3's buffers hand out the same fields but `old_distribution`, which they are not asked for.
         for batch in cast(Iterator[RolloutSamples], self.rollout_buffer.get(hp.batch_size)):
-            loss, diagnostics = self.loss(batch, hp, with_critic)
-            metrics.add(diagnostics)
-            if hp.target_kl is not None and float(diagnostics["train/approx_kl"]) > 1.5 * hp.target_kl:
+            gradient = gradient_of(batch)
+            metrics.add(gradient.diagnostics)
+            if hp.target_kl is not None and float(gradient.diagnostics["train/approx_kl"]) > 1.5 * hp.target_kl:
                 return False
-            norm = self._gradient_step(loss, batch, parameters, hp.max_grad_norm)
-            metrics.add({"train/grad_norm": norm, "train/grad_norm_max": norm})
+            self._apply(gradient, batch)
+            metrics.add({"train/grad_norm": gradient.norm, "train/grad_norm_max": gradient.norm})
         return True
 
     def loss(
@@ -138,7 +151,7 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             diagnostics |= critic_diagnostics
         if hp.kl_coef is not None:
             kl = kl_old_new(batch.old_distribution, self.policy.get_distribution(batch.observations))
-            loss = loss + losses.kl_penalty(kl, kl_coef=hp.kl_coef * self._kl_coef_scale)
+            loss = loss + losses.kl_penalty(kl, kl_coef=hp.kl_coef)
             diagnostics["train/kl"] = kl.mean()
         kl_estimate = losses.kl_old_new(log_ratio)
         diagnostics |= {"train/loss": loss, "train/approx_kl": kl_estimate, "train/approx_kl_max": kl_estimate}
@@ -169,6 +182,9 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             buffer.extras = distribution_parameters(self.policy.get_distribution(buffer.flat("observations")))
         self.policy.set_training_mode(True)
 
+    def _with_adapted_kl_coef(self, hp: PPOHparams) -> PPOHparams:
+        return hp if hp.kl_coef is None else replace(hp, kl_coef=hp.kl_coef * self._kl_coef_scale)
+
     def _adapt_kl_coef(self, target: float) -> None:
         """β is halved below target/1.5 and doubled above 1.5·target (PPO paper, section 4)."""
         buffer = cast(TorchRolloutBuffer, self.rollout_buffer)
@@ -197,7 +213,7 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
 
     def _log_settings(self, hp: PPOHparams, n_epochs: int) -> None:
         settings = {"clip_range": hp.clip_range, "clip_range_vf": hp.clip_range_vf, "ent_coef": hp.ent_coef}
-        settings["kl_coef"] = None if hp.kl_coef is None else hp.kl_coef * self._kl_coef_scale
+        settings["kl_coef"] = self._with_adapted_kl_coef(hp).kl_coef
         for name, value in settings.items():
             if value is not None:
                 self.logger.record(f"train/{name}", value)

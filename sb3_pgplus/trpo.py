@@ -90,6 +90,10 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_layer_statistics_due"]
 
+    def _calls_per_rollout(self, hp: TRPOHparams) -> dict[str, int]:
+        n_minibatches = hp.n_steps * self.n_envs // hp.batch_size
+        return {**super()._calls_per_rollout(hp), "critic update": hp.n_critic_updates * n_minibatches}
+
     def update(self, hp: TRPOHparams, metrics: Metrics) -> None:
         """One step of the policy within the trust region, then the critic's own epochs."""
         # Dropout and batch statistics would make the KL of a step a matter of chance, and shift it after the search.
@@ -103,7 +107,7 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         with restored(layer_statistics(self.policy)):
             actor_ids = {id(parameter) for parameter in actor}
             own = [p for p in self.policy.parameters() if p.requires_grad and id(p) not in actor_ids]
-            self._fit_critic(own, hp.n_critic_updates, hp, lambda v, b: self._critic_loss(v, b, hp), metrics)
+            self._fit_critic(own, hp.n_critic_updates, hp, self._critic_loss, metrics)
         self._n_updates += 1
         self._layer_statistics_due = True
 

@@ -1,7 +1,8 @@
 """The part of the base class that changes parameters: one gradient step, the critic's own epochs, what is logged."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -12,11 +13,13 @@ from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer
 from sb3_pgplus.core.advantages import normalize
 from sb3_pgplus.core.losses import clipped_value_loss, explained_variance, value_clip_fraction, value_loss
 from sb3_pgplus.critics import StockCritic
+from sb3_pgplus.engine import Engine, Gradient, GradientProblem, LossFunction
 from sb3_pgplus.errors import HyperparameterError, NonFiniteUpdateError, warn_user
 from sb3_pgplus.guards import likely_cause
 from sb3_pgplus.hparams import MinibatchHparams, PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.optimizers import drop_gradients, step
+from sb3_pgplus.policies import RunningMoments
 
 if TYPE_CHECKING:  # a mix-in of one class: let the type checker see what it is mixed into
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm as _Base
@@ -24,7 +27,12 @@ else:
     _Base = object
 
 
-CriticLoss = Callable[[th.Tensor, Any], tuple[th.Tensor, dict[str, th.Tensor]]]
+#: values ``[B]``, minibatch, hyperparameters ↦ loss, scalars to log
+CriticLoss = Callable[[th.Tensor, Any, Any], tuple[th.Tensor, dict[str, th.Tensor]]]
+
+
+#: What the losses of the package run through.
+_TRACED_METHODS = ("loss", "policy_loss", "_evaluate_batch", "_critic_loss", "_policy_actions", "_normalized")
 
 
 class BatchOutputs(NamedTuple):
@@ -40,6 +48,8 @@ class GradientUpdates(_Base):
     """Steps of the optimiser with the non-finite guard."""
 
     max_nonfinite_updates: int
+    value_normalizer: RunningMoments
+    _engine: Engine
     _nonfinite_updates: int
     _nonfinite_in_a_row: int
 
@@ -62,39 +72,49 @@ class GradientUpdates(_Base):
         # −log π of the sample estimates the entropy where no closed form exists.
         return BatchOutputs(values.flatten(), log_probs, -log_probs if entropy is None else entropy, advantages)
 
-    def _gradient_step(
-        self, loss: th.Tensor, batch: Any, parameters: list[nn.Parameter], max_grad_norm: float | None
-    ) -> th.Tensor:
+    def _gradient_of(
+        self,
+        unit: str,
+        loss: LossFunction,
+        hp: Any,
+        parameters: list[nn.Parameter],
+        batch_size: int,
+        variant: Hashable = None,
+    ) -> Callable[[Any], Gradient]:
         """
-        One optimiser step on ``loss``, unless the loss or its gradient is not finite: then parameters and optimiser
-        stay as they are.
+        The function that gives ``parameters`` the gradient of a loss on a minibatch, clipped.
 
-        :param loss: scalar
-        :param batch: the minibatch, to name the cause of a failure
+        :param unit: its name in the engine's report
+        :param loss: minibatch, hyperparameters ↦ scalar loss, scalars to log
+        :param hp: hyperparameters of this update
         :param parameters: what is stepped; frozen ones stay
-        :param max_grad_norm: largest global norm, or None
-        :return: the gradient's norm before clipping, scalar
+        :param batch_size: of full minibatches
+        :param variant: what tells this loss from others of the same unit
+        """
+        modules: dict[str, nn.Module] = {"policy": self.policy, "value_normalizer": self.value_normalizer}
+        problem = GradientProblem(self, _TRACED_METHODS, modules, loss, hp, parameters, batch_size, variant)
+        return self._engine.gradient(unit, problem, partial(self._eager_gradient, loss, hp, parameters))
+
+    def _eager_gradient(self, loss: LossFunction, hp: Any, parameters: list[nn.Parameter], batch: Any) -> Gradient:
+        value, diagnostics = loss(batch, hp)
+        drop_gradients(self.policy.optimizer)
+        value.backward(inputs=[parameter for parameter in parameters if parameter.requires_grad])
+        return Gradient(value.detach(), clip_gradients(parameters, hp.max_grad_norm), diagnostics)
+
+    def _apply(self, gradient: Gradient, batch: Any) -> None:
+        """
+        One optimiser step, unless the loss or its gradient is not finite: then parameters and optimiser stay as they
+        are.
+
+        :param gradient: result of :meth:`_gradient_of`'s function, which put it in place
+        :param batch: the minibatch, to name the cause of a failure
         :raises ValueError: after ``max_nonfinite_updates`` failures in a row
         """
-        drop_gradients(self.policy.optimizer)
-        loss.backward(inputs=[parameter for parameter in parameters if parameter.requires_grad])
-        return self._apply_gradients(loss.detach(), batch, parameters, max_grad_norm)
-
-    def _apply_gradients(
-        self, loss: th.Tensor, batch: Any, parameters: list[nn.Parameter], max_grad_norm: float | None
-    ) -> th.Tensor:
-        """The second half of :meth:`_gradient_step`: the gradients are in place."""
-        if max_grad_norm is None:
-            gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
-            norm: th.Tensor = th.linalg.vector_norm(th.cat(gradients)) if gradients else th.zeros_like(loss)
-        else:
-            norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        if math.isfinite(float(loss + norm)):
+        if math.isfinite(float(gradient.loss + gradient.norm)):
             step(self.policy.optimizer)
             self._nonfinite_in_a_row = 0
         else:
-            self._count_nonfinite(loss, batch)
-        return norm
+            self._count_nonfinite(th.as_tensor(gradient.loss), batch)
 
     def _count_nonfinite(self, loss: th.Tensor, batch: Any) -> None:
         drop_gradients(self.policy.optimizer)
@@ -142,14 +162,18 @@ class GradientUpdates(_Base):
         if not own or n_epochs < 1:
             return
         buffer, critic = self.rollout_buffer, StockCritic.of(self.policy, own)
-        if critic is not None and isinstance(buffer, TorchRolloutBuffer):
+        if critic is not None and isinstance(buffer, TorchRolloutBuffer) and not self._engine.wants("critic update"):
             self._fit_stock_critic(critic, buffer, own, n_epochs, hp, critic_loss, metrics)
             return
+
+        def loss_of(batch: Any, hp: Any) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+            return critic_loss(self.policy.predict_values(batch.observations).flatten(), batch, hp)
+
+        gradient_of = self._gradient_of("critic update", loss_of, hp, own, hp.batch_size)
         for batch in (batch for _ in range(n_epochs) for batch in buffer.get(hp.batch_size)):
-            values = self.policy.predict_values(batch.observations).flatten()
-            loss, diagnostics = critic_loss(values, batch)
-            self._gradient_step(loss, batch, own, hp.max_grad_norm)
-            metrics.add(diagnostics)
+            gradient = gradient_of(batch)
+            self._apply(gradient, batch)
+            metrics.add(gradient.diagnostics)
 
     def _fit_stock_critic(
         self,
@@ -167,10 +191,10 @@ class GradientUpdates(_Base):
         for batch in (batch for _ in range(n_epochs) for batch in buffer.get(hp.batch_size, observations=features)):
             outputs = critic.evaluate(cast(th.Tensor, batch.observations))
             values = outputs[-1].flatten().requires_grad_()
-            loss, diagnostics = critic_loss(values, batch)
+            loss, diagnostics = critic_loss(values, batch, hp)
             (d_values,) = th.autograd.grad(loss, values)
             critic.set_gradients(d_values, outputs)
-            self._apply_gradients(loss.detach(), batch, own, hp.max_grad_norm)
+            self._apply(Gradient(loss.detach(), clip_gradients(own, hp.max_grad_norm), diagnostics), batch)
             metrics.add(diagnostics)
 
     def _log_update(self, metrics: Metrics) -> None:
@@ -187,6 +211,19 @@ class GradientUpdates(_Base):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/nonfinite_updates", self._nonfinite_updates)
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_grad_norm: float | None) -> th.Tensor:
+    """
+    Scale the gradients in place so that their global norm is at most ``max_grad_norm``.
+
+    :param parameters: those without gradient are left out
+    :param max_grad_norm: None: leave the gradients as they are
+    :return: the norm before, scalar
+    """
+    if max_grad_norm is not None:
+        return th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    return th.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def check_minibatches(hp: MinibatchHparams, n_envs: int) -> None:

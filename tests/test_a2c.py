@@ -97,8 +97,8 @@ KNOBS: list[tuple[str, Any, dict[str, Any]]] = [
 
 
 def test_every_hyperparameter_is_in_the_list_above() -> None:
-    # max_nonfinite_updates acts on failures alone, see below.
-    assert {name for name, _, _ in KNOBS} | {"max_nonfinite_updates"} == set(A2CHparams.names())
+    # max_nonfinite_updates acts on failures alone, see below; compile on speed alone (tests/test_engine.py).
+    assert {name for name, _, _ in KNOBS} | {"max_nonfinite_updates", "compile"} == set(A2CHparams.names())
 
 
 @functools.cache

@@ -36,7 +36,7 @@ OPTIONAL_INTEGERS = ["schedule_timesteps", "n_critic_epochs"]
 SWITCHES = ["normalize_advantage", "bootstrap_truncated", "normalize_value_targets", "sb3_exact", "ortho_init"]
 SWITCHES += ["line_search"]
 CHOICES = ["advantage_estimator", "normalize_observations", "normalize_rewards", "activation_fn", "value_clip"]
-CHOICES += ["recompute_advantages", "use_rms_prop"]
+CHOICES += ["recompute_advantages", "use_rms_prop", "compile"]
 #: Names that `load` refuses whatever the value is, if it is another one.
 FIXED = ("normalize_observations", "normalize_rewards", "normalize_value_targets", "activation_fn")
 

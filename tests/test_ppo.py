@@ -71,8 +71,8 @@ KNOBS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def test_every_hyperparameter_is_in_the_list_below() -> None:
-    # max_nonfinite_updates acts on failures alone: tests/test_guards.py.
-    assert set(KNOBS) | {"max_nonfinite_updates"} == set(PPOHparams.names())
+    # max_nonfinite_updates acts on failures alone (tests/test_guards.py), compile on speed (tests/test_engine.py).
+    assert set(KNOBS) | {"max_nonfinite_updates", "compile"} == set(PPOHparams.names())
 
 
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")

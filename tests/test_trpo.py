@@ -198,8 +198,8 @@ def reference(scenario: tuple[tuple[str, Any], ...]) -> th.Tensor:
 
 
 def test_every_hyperparameter_is_in_the_list_above() -> None:
-    # max_nonfinite_updates acts on failures alone, see below.
-    assert set(KNOBS) | {"max_nonfinite_updates"} == set(TRPOHparams.names())
+    # max_nonfinite_updates acts on failures alone, see below; compile on speed alone (tests/test_engine.py).
+    assert set(KNOBS) | {"max_nonfinite_updates", "compile"} == set(TRPOHparams.names())
 
 
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")

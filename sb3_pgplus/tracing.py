@@ -1,0 +1,207 @@
+"""
+What of an algorithm can be written down once as a graph of tensor operations, and the compiler behind it.
+
+A trace has no guards: a Python number that changes later stays what it was, and a hook is not called. So only what is
+known to depend on nothing but its tensors is traced, and :func:`fingerprint` says when that something changed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+)
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
+from torch import nn
+
+from sb3_pgplus.policies import NormalizesObservations, ObservationNormalizer, RunningMoments
+
+#: Layers whose output depends on input, parameters and plain attributes alone: no chance, no batch statistics.
+_LAYERS: set[type[nn.Module]] = {FlattenExtractor, MlpExtractor, NatureCNN, CombinedExtractor}
+_LAYERS |= {nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Flatten, nn.Linear, nn.Conv2d, nn.LayerNorm}
+_LAYERS |= {nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.LeakyReLU, nn.SiLU, nn.Sigmoid, nn.Softplus}
+_LAYERS |= {ObservationNormalizer, RunningMoments}
+_POLICIES: set[type[nn.Module]] = {ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy}
+_DISTRIBUTIONS = {
+    DiagGaussianDistribution,
+    CategoricalDistribution,
+    MultiCategoricalDistribution,
+    BernoulliDistribution,
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+class UntraceableError(Exception):
+    """Why something cannot be compiled; its message is what the user reads."""
+
+
+def check_policy(policy: nn.Module) -> None:
+    """
+    Refuse a policy whose outputs may depend on more than its tensors.
+
+    :param policy: any
+    :raises UntraceableError: saying what stands in the way
+    """
+    policy_class = policy.policy_class if isinstance(policy, NormalizesObservations) else type(policy)
+    if policy_class not in _POLICIES:
+        raise UntraceableError(f"{policy_class.__name__} is not one of SB3's own policies")
+    if policy.use_sde:
+        raise UntraceableError("state-dependent exploration draws noise inside the policy")
+    if type(policy.action_dist) not in _DISTRIBUTIONS:
+        raise UntraceableError(f"{type(policy.action_dist).__name__} is not one of the known action distributions")
+    for name, module in policy.named_modules():
+        if module is not policy and type(module) not in _LAYERS:
+            raise UntraceableError(f"{name} is a {type(module).__name__}, which is not on the list of known layers")
+        _check_unwatched(name or "the policy", module)
+
+
+def _check_unwatched(name: str, module: nn.Module) -> None:
+    """Refuse hooks and methods that somebody replaced on the object."""
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise UntraceableError(f"{name} has hooks")
+    for attribute, value in module.__dict__.items():
+        if callable(value) and not isinstance(value, type) and callable(getattr(type(module), attribute, None)):
+            raise UntraceableError(f"{name}.{attribute} was replaced")
+    for parameter in module.parameters(recurse=False):
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise UntraceableError(f"a parameter of {name} has hooks")
+
+
+def check_methods(owner: object, names: Iterable[str], package: str) -> None:
+    """
+    Refuse methods that are not the package's own: what they read besides tensors is unknown.
+
+    :param owner: the algorithm
+    :param names: methods that a trace runs through
+    :param package: name of the package
+    :raises UntraceableError: naming the first foreign method
+    """
+    for name in names:
+        method = owner.__dict__.get(name) or getattr(type(owner), name, None)
+        home = getattr(method, "__module__", "") or ""
+        if method is not None and home.partition(".")[0] != package:
+            raise UntraceableError(f"{type(owner).__name__}.{name} is overridden")
+
+
+def fingerprint(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
+    """
+    Everything plain that a trace of these modules bakes in: types, modes, numbers, what is frozen, where it lies.
+
+    :param modules: the traced modules
+    """
+    parts: list[Any] = []
+    for root in modules:
+        for module in root.modules():
+            parts.append(type(module))
+            parts += [value for value in module.__dict__.values() if type(value) in _PLAIN]
+        parts += [(p.requires_grad, p.shape, p.dtype, p.device) for p in root.parameters()]
+    return tuple(parts)
+
+
+class _Parts(nn.Module):
+    """Several modules as one, so that their tensors can be replaced by a trace's inputs."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call the function while the tensors are replaced."""
+        return function(*args)
+
+
+class Tensors:
+    """
+    The parameters and buffers of some modules, in a fixed order.
+
+    :param modules: name → module
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._parts = _Parts(modules)
+        self.named: dict[str, th.Tensor] = {**dict(self._parts.named_parameters()), **dict(self._parts.named_buffers())}
+
+    @property
+    def values(self) -> list[th.Tensor]:
+        """The tensors themselves."""
+        return list(self.named.values())
+
+    def replaced(self, values: Sequence[th.Tensor], function: Callable[..., Any], *args: Any) -> Any:
+        """
+        ``function(*args)`` with other tensors in the modules' place.
+
+        :param values: in the order of :attr:`values`
+        """
+        replacement = dict(zip(self.named, values, strict=True))
+        return th.func.functional_call(self._parts, replacement, (function, *args))
+
+
+def compile_function(
+    function: Callable[..., Sequence[th.Tensor]], inputs: Sequence[th.Tensor]
+) -> Callable[[list[th.Tensor]], Sequence[th.Tensor]]:
+    """
+    Trace a function of tensors and compile the trace. The compiler keeps its results on disk for later runs.
+
+    :param function: tensors ↦ new tensors; may differentiate with ``torch.autograd.grad``, changes nothing in place
+    :param inputs: examples; those that are differentiated require grad
+    :return: the compiled function, of a list of tensors like the inputs
+    :raises UntraceableError: if the function's course depends on values, or it changes something in place
+    """
+    # Imported here: the compiler takes seconds to import, and most runs never need it.
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    try:
+        graph = _without_detach(make_fx(function, tracing_mode="fake")(*inputs))
+        # Backward formulas change intermediate results in place; once more without, for what the compiler takes.
+        functional = th.func.functionalize(graph, remove="mutations_and_views")
+        graph = make_fx(functional, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
+    except Exception as error:  # whatever a loss may do that cannot be traced
+        raise UntraceableError(f"it cannot be traced: {_first_line(error)}") from error
+    _check_graph(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    # One call from Python into C++ instead of one per kernel, where there is no device to talk to.
+    on_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
+    context = th._guards.TracingContext(examples[0].fake_mode)
+    with th._guards.tracing(context), config.patch(cpp_wrapper=on_cpu, size_asserts=False), th.no_grad():
+        compiled: Any = compile_fx_inner(graph, examples, cpp_wrapper=on_cpu)
+    return compiled  # type: ignore[no-any-return]  # the compiler's own callable
+
+
+def _without_detach(graph: th.fx.GraphModule) -> th.fx.GraphModule:
+    """Drop what only speaks to autograd, which has done its part."""
+    for node in list(graph.graph.nodes):
+        if node.target is th.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def _check_graph(graph: th.fx.GraphModule) -> None:
+    """Refuse tensors that were captured instead of passed in, and operations in place."""
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            raise UntraceableError("it reads a tensor that belongs neither to the policy nor to the batch")
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.is_mutable:
+            raise UntraceableError(f"it changes a tensor in place ({node.target})")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

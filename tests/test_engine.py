@@ -1,0 +1,428 @@
+"""The engine: compiled updates and policy steps equal the eager ones, and what cannot be compiled safely is not."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+
+from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus
+from sb3_pgplus.core import losses
+from sb3_pgplus.engine import COSTS, Engine, _Compiled, clip_by_norm
+from sb3_pgplus.sampling import noise_of
+from sb3_pgplus.tracing import Tensors, UntraceableError, check_policy, compile_function, fingerprint
+
+SMALL = {"n_steps": 32, "n_envs": 2, "seed": 3, "device": "cpu"}
+PPO = {**SMALL, "batch_size": 32, "n_epochs": 2}
+ITERATION = 64
+
+
+class Arms(gym.Env[np.ndarray, Any]):
+    """A random environment with any action space: what is observed depends on what is done."""
+
+    def __init__(self, action_space: spaces.Space[Any], observation_space: spaces.Space[Any] | None = None) -> None:
+        self.action_space = action_space
+        self.observation_space = observation_space or spaces.Box(-10, 10, (3,))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.t = 0
+        return self._observe(0.0), {}
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        felt = float(np.sum(action))
+        return self._observe(felt), np.sin(felt), self.t % 7 == 0, self.t % 5 == 0, {}
+
+    def _observe(self, felt: float) -> Any:
+        if isinstance(self.observation_space, spaces.Dict):
+            return {key: self._draw(space, felt) for key, space in self.observation_space.spaces.items()}
+        return self._draw(self.observation_space, felt)
+
+    def _draw(self, space: Any, felt: float) -> Any:
+        return (self.np_random.normal(size=space.shape) + 0.1 * felt).clip(-9, 9).astype(space.dtype)
+
+
+def parameters_of(model: Any) -> th.Tensor:
+    return nn.utils.parameters_to_vector(model.policy.parameters()).detach()
+
+
+def trained(cls: Any, env: Any, total: int, **kwargs: Any) -> Any:
+    return cls(kwargs.pop("policy", "MlpPolicy"), env, **kwargs).learn(total)
+
+
+def compiled_and_eager(cls: Any, env: Callable[[], Any] | str, total: int, **kwargs: Any) -> tuple[Any, Any]:
+    make = env if callable(env) else lambda: env
+    return trained(cls, make(), total, compile=True, **kwargs), trained(cls, make(), total, compile=False, **kwargs)
+
+
+# --- equality ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "env", "kwargs"),
+    [
+        (PPOPlus, "Pendulum-v1", PPO),
+        (PPOPlus, "CartPole-v1", {**PPO, "batch_size": 48, "clip_range_vf": None}),  # ragged last minibatch
+        (PPOPlus, "Pendulum-v1", {**PPO, "kl_coef": 0.1, "adaptive_kl_target": 0.01, "normalize_value_targets": True}),
+        (PPOPlus, "Pendulum-v1", {**PPO, "critic_learning_rate": 1e-3, "n_critic_epochs": 4, "max_grad_norm": None}),
+        (A2CPlus, "Pendulum-v1", {**SMALL, "ent_coef": 0.01}),
+        (A2CPlus, "CartPole-v1", {**SMALL, "use_rms_prop": "tf_like"}),
+        (TRPOPlus, "Pendulum-v1", {**SMALL, "batch_size": 32, "n_critic_updates": 3}),
+    ],
+)
+def test_a_compiled_iteration_equals_the_eager_one(cls: Any, env: str, kwargs: dict[str, Any]) -> None:
+    compiled, eager = compiled_and_eager(cls, env, 2 * ITERATION, **kwargs)
+    assert "compiled" in compiled.engine_report()
+    assert "compiled" not in eager.engine_report()
+    # Two iterations: single-precision rounding has not grown beyond 1e-5 yet.
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
+
+
+def test_an_early_stop_by_target_kl_comes_at_the_same_minibatch() -> None:
+    kwargs = {**PPO, "n_epochs": 20, "learning_rate": 1e-2, "target_kl": 0.005}
+    compiled, eager = compiled_and_eager(PPOPlus, "Pendulum-v1", ITERATION, **kwargs)
+    assert 0 < eager._n_updates < 20  # it did stop early
+    assert compiled._n_updates == eager._n_updates
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
+
+
+ACTION_SPACES = [
+    spaces.Box(-1, 1, (2, 2)),
+    spaces.Discrete(5),
+    spaces.MultiDiscrete([3, 2, 4]),
+    spaces.MultiBinary(3),
+]
+
+
+@pytest.mark.parametrize("space", ACTION_SPACES, ids=lambda space: type(space).__name__)
+def test_a_compiled_policy_takes_the_actions_of_the_eager_one_from_the_same_seed(space: spaces.Space[Any]) -> None:
+    compiled, eager = compiled_and_eager(A2CPlus, lambda: Arms(space), 32, **{**SMALL, "n_envs": 1})
+    assert "policy step: compiled" in compiled.engine_report()
+    np.testing.assert_allclose(compiled.rollout_buffer.actions, eager.rollout_buffer.actions, atol=1e-5)
+    np.testing.assert_allclose(compiled.rollout_buffer.log_probs, eager.rollout_buffer.log_probs, atol=1e-5)
+    np.testing.assert_allclose(compiled.rollout_buffer.values, eager.rollout_buffer.values, atol=1e-5)
+
+
+def test_dict_observations_are_compiled_whatever_the_order_of_their_keys() -> None:
+    space = spaces.Dict({"b": spaces.Box(-10, 10, (2,)), "a": spaces.Box(-10, 10, (3,))})
+    kwargs = {**PPO, "n_envs": 1, "n_steps": 64, "policy": "MultiInputPolicy"}
+    compiled, eager = compiled_and_eager(PPOPlus, lambda: Arms(spaces.Discrete(2), space), 128, **kwargs)
+    assert "update: compiled" in compiled.engine_report()
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_layers_stay_and_the_rest_moves_as_without_a_compiler() -> None:
+    def frozen(compile: bool) -> Any:
+        model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=compile)
+        layer = model.policy.mlp_extractor.policy_net[0].weight.requires_grad_(False)
+        before = layer.clone()
+        model.learn(ITERATION)
+        assert th.equal(layer, before)
+        return model
+
+    compiled, eager = frozen(True), frozen(False)
+    assert "update: compiled" in compiled.engine_report()
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_frozen_between_two_updates_is_noticed() -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True).learn(ITERATION)
+    layer = model.policy.mlp_extractor.policy_net[0].weight.requires_grad_(False)
+    before = layer.clone()
+    model.learn(ITERATION, reset_num_timesteps=False)
+    assert th.equal(layer, before)
+    assert "update: compiled (2 version(s)" in model.engine_report()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": "lin_1e-3", "clip_range": "lin_0.3", "clip_range_vf": "lin_0.3", "ent_coef": "lin_0.01"},
+        {"max_grad_norm": "lin_0.5", "vf_coef": "lin_0.5"},
+    ],
+)
+def test_scheduled_hyperparameters_change_without_compiling_again(change: dict[str, Any]) -> None:
+    compiled, eager = compiled_and_eager(PPOPlus, "Pendulum-v1", 3 * ITERATION, **{**PPO, **change})
+    assert "update: compiled (1 version(s), 12 calls)" in compiled.engine_report()  # 3 iterations × 2 epochs × 2
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_loaded_between_updates_are_the_ones_that_are_trained_on() -> None:
+    compiled = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True).learn(ITERATION)
+    eager = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=False).learn(ITERATION)
+    other = PPOPlus("MlpPolicy", "Pendulum-v1", **{**PPO, "seed": 8}).get_parameters()
+    for model in (compiled, eager):
+        model.set_parameters(other)
+        model.set_random_seed(0)
+        model.learn(ITERATION, reset_num_timesteps=False)
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
+    assert "update: compiled (1 version(s)" in compiled.engine_report()
+
+
+def test_a_model_saved_while_compiled_continues_like_an_uninterrupted_one(tmp_path: Any) -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True).learn(ITERATION)
+    model.save(tmp_path / "model")
+    loaded = PPOPlus.load(tmp_path / "model", env=model.get_env())
+    for each in (model, loaded):
+        each.get_env().seed(0)
+        each.set_random_seed(0)
+        each._last_obs = None
+        each.learn(ITERATION, reset_num_timesteps=False)
+    th.testing.assert_close(parameters_of(loaded), parameters_of(model), rtol=0, atol=0)
+
+
+# --- what is not compiled ---------------------------------------------------------------------------------------------
+
+
+class OwnPolicy(ActorCriticPolicy):
+    """Multiplies its log-probabilities by a number that may change at any time."""
+
+    factor = 1.0
+
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        return values, self.factor * log_prob, entropy
+
+
+class WithDropout(BaseFeaturesExtractor):
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.drop(x)
+
+
+class WithOwnLoss(PPOPlus):
+    scale = 1.0
+
+    def policy_loss(self, ratio: th.Tensor, advantages: th.Tensor, hp: Any) -> th.Tensor:
+        return self.scale * losses.surrogate(ratio, advantages)
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "reason"),
+    [
+        (PPOPlus, {"policy": OwnPolicy}, "OwnPolicy is not one of SB3's own policies"),
+        (
+            PPOPlus,
+            {"policy_kwargs": {"features_extractor_class": WithDropout}},
+            "WithDropout, which is not on the list",
+        ),
+        (PPOPlus, {"use_sde": True}, "state-dependent exploration"),
+        (WithOwnLoss, {}, "WithOwnLoss.policy_loss is overridden"),
+        (PPOPlus, {"sb3_exact": True}, "sb3_exact=True keeps SB3's order of operations"),
+    ],
+)
+def test_what_a_trace_could_get_wrong_runs_eagerly_and_says_why(cls: Any, kwargs: dict[str, Any], reason: str) -> None:
+    compiled, eager = compiled_and_eager(cls, "Pendulum-v1", ITERATION, **PPO, **kwargs)
+    assert "update: compiled" not in compiled.engine_report()
+    assert reason in compiled.engine_report()
+    if reason != "WithOwnLoss.policy_loss is overridden":  # there the policy step is compiled: equal up to rounding
+        assert th.equal(parameters_of(compiled), parameters_of(eager))
+
+
+def test_batch_norm_is_not_compiled_and_its_statistics_move_as_without_a_compiler() -> None:
+    def with_batch_norm(compile: bool) -> Any:
+        model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=compile)
+        model.policy.mlp_extractor.policy_net.append(nn.BatchNorm1d(64))
+        return model.learn(ITERATION)
+
+    compiled, eager = with_batch_norm(True), with_batch_norm(False)
+    assert "BatchNorm1d, which is not on the list" in compiled.engine_report()
+    assert th.equal(parameters_of(compiled), parameters_of(eager))
+    for one, other in zip(compiled.policy.buffers(), eager.policy.buffers(), strict=True):
+        assert th.equal(one, other)
+
+
+def test_a_hook_added_between_two_updates_is_called_for_every_minibatch() -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True).learn(ITERATION)
+    calls: list[int] = []
+    model.policy.value_net.register_forward_hook(lambda *_: calls.append(1))
+    model.learn(ITERATION, reset_num_timesteps=False)
+    assert "value_net has hooks" in model.engine_report()
+    assert len(calls) >= 32 + 4  # steps of the rollout and minibatches
+
+
+def test_a_plain_attribute_that_changes_after_compiling_takes_effect() -> None:
+    def slopes(compile: bool) -> Any:
+        kwargs = {**PPO, "activation_fn": "leaky_relu", "compile": compile}
+        model = PPOPlus("MlpPolicy", "Pendulum-v1", **kwargs).learn(ITERATION)
+        for module in model.policy.modules():
+            if isinstance(module, nn.LeakyReLU):
+                module.negative_slope = 0.7
+        return model.learn(ITERATION, reset_num_timesteps=False)
+
+    compiled, eager = slopes(True), slopes(False)
+    assert "update: compiled (2 version(s)" in compiled.engine_report()
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
+
+
+def test_a_method_replaced_on_the_policy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True)
+    original, calls = model.policy.evaluate_actions, []
+    monkeypatch.setattr(model.policy, "evaluate_actions", lambda *args: calls.append(1) or original(*args))
+    model.learn(ITERATION)
+    assert "evaluate_actions was replaced" in model.engine_report()
+    assert len(calls) >= 4
+
+
+def test_a_class_that_somebody_patched_after_compiling_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True).learn(ITERATION)
+    original = ActorCriticPolicy.evaluate_actions
+
+    def doubled(self: Any, obs: Any, actions: th.Tensor) -> Any:
+        values, log_prob, entropy = original(self, obs, actions)
+        return 2 * values, log_prob, entropy
+
+    monkeypatch.setattr(ActorCriticPolicy, "evaluate_actions", doubled)
+    with pytest.warns(UserWarning, match="its compiled gradient differed from the eager one"):
+        model.learn(2 * ITERATION, reset_num_timesteps=False)  # calls 5 to 12; call 8 is compared
+    assert "update: eager, its compiled gradient differed" in model.engine_report()
+
+
+def test_something_that_keeps_changing_is_not_compiled_again_and_again() -> None:
+    engine, built = Engine(True), list[int]()
+
+    def build() -> Any:
+        built.append(1)
+        return _Compiled(lambda inputs: inputs)
+
+    versions = [engine.version("update", number, build) for number in range(6)]
+    assert [version is None for version in versions] == [False] * 4 + [True] * 2
+    assert len(built) == 4
+    assert "changed more than 3 times" in engine.report()
+
+
+def test_without_a_compiler_training_goes_on_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", fails)
+    model = trained(PPOPlus, "Pendulum-v1", ITERATION, **PPO, compile=True)
+    eager = trained(PPOPlus, "Pendulum-v1", ITERATION, **PPO, compile=False)
+    assert "update: eager, the compiler failed: No working C++ compiler found" in model.engine_report()
+    assert th.equal(parameters_of(model), parameters_of(eager))
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", COSTS)
+def test_auto_compiles_once_the_calls_save_one_and_a_half_times_the_cost(unit: str) -> None:
+    enough = int(1.5 * COSTS[unit].to_compile / COSTS[unit].saved_per_call)
+    for n_calls, wanted in ((enough - 1, False), (enough, True)):
+        engine = Engine("auto")
+        engine.plan({unit: n_calls})
+        assert engine.wants(unit) is wanted
+        assert (f"{n_calls} calls do not pay for compiling" in engine.report()) is not wanted
+
+
+@pytest.mark.parametrize(("setting", "wanted"), [(True, True), (False, False)])
+def test_true_and_false_do_not_ask_how_long_training_is(setting: bool, wanted: bool) -> None:
+    engine = Engine(setting)
+    engine.plan({"update": 1})
+    assert engine.wants("update") is wanted
+
+
+def test_a_short_training_is_not_compiled_and_a_long_one_is_planned_to_be() -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", n_envs=1, device="cpu")  # 2048 steps, 320 minibatches per rollout
+    model._setup_learn(20_000)
+    assert not model._engine.wants("update")
+    model._setup_learn(1_000_000)  # 489 rollouts × 320
+    assert model._engine.wants("update")
+    assert model._engine.wants("policy step")
+
+
+def test_training_continued_in_pieces_is_planned_by_its_whole_length() -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", n_envs=1, device="cpu")
+    model.num_timesteps = 990_000
+    model._setup_learn(10_000, reset_num_timesteps=False)
+    assert model._engine.wants("update")
+
+
+def test_compile_refuses_other_values() -> None:
+    with pytest.raises(ValueError, match="`compile` must be one of 'auto', True, False, got 'always'"):
+        PPOPlus("MlpPolicy", "Pendulum-v1", compile="always")
+
+
+def test_compilation_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    trained(A2CPlus, "Pendulum-v1", ITERATION, **SMALL, compile=True, verbose=1)
+    assert "Compiling the policy step (kept on disk for later runs)" in (printed := capsys.readouterr().out)
+    assert "Compiled the update in" in printed
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_clipping_in_the_graph_is_that_of_torch() -> None:
+    gradients = [th.tensor([3.0, 0.0]), th.tensor([[4.0]])]  # norm 5
+    clipped, norm = clip_by_norm(gradients, 0.5)
+    assert float(norm) == 5.0
+    parameters = [nn.Parameter(th.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    nn.utils.clip_grad_norm_(parameters, 0.5)
+    for parameter, gradient in zip(parameters, clipped, strict=True):
+        th.testing.assert_close(parameter.grad, gradient)
+    assert clip_by_norm(gradients, None)[0] is gradients
+
+
+def test_a_function_that_looks_at_values_is_refused() -> None:
+    with pytest.raises(UntraceableError, match="cannot be traced"):
+        compile_function(lambda x: [x if bool(x.sum() > 0) else -x], [th.ones(2)])
+
+
+def test_a_function_that_writes_to_its_input_is_refused() -> None:
+    with pytest.raises(UntraceableError, match="in place"):
+        compile_function(lambda x: [x.add_(1)], [th.ones(2)])
+
+
+def test_a_captured_tensor_is_refused() -> None:
+    captured = th.ones(2)
+    with pytest.raises(UntraceableError):
+        compile_function(lambda x: [x + captured], [th.ones(2)])
+
+
+def test_a_fingerprint_sees_modes_numbers_and_types() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(0.1))
+    seen = {fingerprint([net])}
+    net.eval()
+    seen.add(fingerprint([net]))
+    net[1].negative_slope = 0.2
+    seen.add(fingerprint([net]))
+    net[1] = nn.Tanh().eval()
+    seen.add(fingerprint([net]))
+    net[0].bias.requires_grad_(False)
+    seen.add(fingerprint([net]))
+    assert len(seen) == 5
+
+
+def test_replaced_tensors_are_back_afterwards() -> None:
+    net = nn.Linear(2, 1)
+    weight = net.weight
+    tensors = Tensors({"net": net})
+    outputs = tensors.replaced([th.ones(1, 2), th.ones(1)], lambda x: net(x), th.ones(1, 2))
+    assert float(outputs) == 3.0  # 1 + 1 + 1
+    assert net.weight is weight
+
+
+def test_no_noise_is_known_for_a_tuple() -> None:
+    with pytest.raises(TypeError, match="no noise is known for"):
+        noise_of(spaces.Tuple([spaces.Discrete(2)]), 1, th.device("cpu"))
+
+
+def test_stock_policies_pass_the_check() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_policy(PPOPlus("MlpPolicy", "CartPole-v1", device="cpu").policy)
