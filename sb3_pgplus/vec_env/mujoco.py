@@ -6,9 +6,11 @@ Observations, rewards and ends of episodes are those of SB3's ``DummyVecEnv`` bi
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -409,9 +411,24 @@ def make_batch(batch_class: Any, model: Any, n_envs: int, n_threads: int, persis
     :raises BackendError: if the batch refuses the model
     """
     try:
-        return batch_class(model, n_envs, n_threads, persistent)
+        batch = batch_class(model, n_envs, n_threads, persistent)
     except ValueError as error:
         raise BackendError(f"MuJoCo does not take this model in a batch: {error}") from error
+    BATCHES.add(batch)
+    return batch
+
+
+BATCHES: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _never_free_batches_of_the_parent() -> None:
+    """In a forked child, freeing a batch would wait for ever: its threads stayed in the parent."""
+    for batch in BATCHES:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(batch))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_never_free_batches_of_the_parent)
 
 
 def usable_cpus() -> int:
