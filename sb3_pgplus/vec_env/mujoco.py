@@ -46,6 +46,8 @@ MONITOR_GETTERS = {
 class LeanInfo(dict[str, Any]):
     """The info of one step: empty inside an episode. It says how to get the entries that it lacks."""
 
+    __slots__ = ()  # N of them are made in every step
+
     def __missing__(self, key: str) -> Any:
         if key == "TimeLimit.truncated":
             return False
@@ -148,7 +150,7 @@ class MujocoVecEnv(VecEnv):
         self._episodes.add(outcome.rewards)
         dones: Array = outcome.terminated | (self._episodes.lengths >= self._time_limit)
         infos = self._infos(task, outcome)
-        if dones.any():
+        if np.count_nonzero(dones):  # faster than any() on a few bytes
             self._end_episodes(task, outcome, np.flatnonzero(dones), observations, infos)
         return observations, outcome.rewards.astype(np.float32), dones, infos
 

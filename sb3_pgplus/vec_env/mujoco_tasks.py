@@ -41,6 +41,18 @@ def norm(vectors: Array) -> Array:
     return lengths
 
 
+def squared_sum(fields: Array) -> Array:
+    """
+    Σ x² over everything but the first axis, in the order in which ``numpy.sum`` adds one row.
+
+    :param fields: C-contiguous, ``[N, ...]``
+    :return: ``[N]``, of the same type
+    """
+    # What `.sum(axis=1)` calls after some Python.
+    total: Array = np.add.reduce(np.square(fields).reshape(len(fields), -1), axis=1)
+    return total
+
+
 class Task:
     """
     One Gymnasium task over a batch. Arrays of simulation fields are live: they change when the batch steps or resets.
@@ -152,7 +164,7 @@ class Locomotion(Task):
 
     def control_cost(self, actions: Array) -> Array:
         """:return: w·‖a‖², ``[N]``, float32 for float32 actions"""
-        cost: Array = self.env._ctrl_cost_weight * np.square(actions).sum(axis=1)
+        cost: Array = self.env._ctrl_cost_weight * squared_sum(actions)
         return cost
 
     def termination(self, healthy: Array) -> Array:
@@ -279,11 +291,6 @@ class ContactTask(Locomotion):
     def after_reset(self, rows: Array) -> None:
         self.contact_forces[rows] = 0.0
 
-    def squared_sum(self, fields: Array) -> Array:
-        """:return: Σ x² over everything but the first axis, ``[N]``"""
-        total: Array = np.square(fields).reshape(len(fields), -1).sum(axis=1)
-        return total
-
 
 class Ant(ContactTask):
     """``Ant-v5``."""
@@ -309,7 +316,7 @@ class Ant(ContactTask):
         forward = xy_velocity[:, 0] * env._forward_reward_weight
         survive = healthy * env._healthy_reward
         control = self.control_cost(actions)
-        contact = env._contact_cost_weight * self.squared_sum(np.clip(self.contact_forces, *env._contact_force_range))
+        contact = env._contact_cost_weight * squared_sum(np.clip(self.contact_forces, *env._contact_force_range))
         rewards = forward + survive - (control + contact)
         velocities = {"x_velocity": xy_velocity[:, 0], "y_velocity": xy_velocity[:, 1]}
         costs = {"reward_ctrl": -control, "reward_contact": -contact}
@@ -361,7 +368,7 @@ class HumanoidBody(ContactTask):
 
     def clipped_contact_cost(self, weight: float, bounds: tuple[float, float]) -> Array:
         """:return: w·Σ f², clipped, ``[N]``"""
-        return np.clip(weight * self.squared_sum(self.contact_forces), *bounds)
+        return np.clip(weight * squared_sum(self.contact_forces), *bounds)
 
     def tendons(self) -> dict[str, Array]:
         """:return: the info entries about them, each ``[N, 2]``"""
@@ -440,7 +447,7 @@ class Reacher(Task):
 
     def outcome(self, actions: Array) -> Outcome:
         distance = -norm(self.fingertip - self.target) * self.env._reward_dist_weight
-        control = -np.square(actions).sum(axis=1) * self.env._reward_control_weight
+        control = -squared_sum(actions) * self.env._reward_control_weight
         return Outcome(distance + control, self.never, {"reward_dist": distance, "reward_ctrl": control})
 
     def sample_state(self, generator: np.random.Generator) -> tuple[Array, Array]:
@@ -470,7 +477,7 @@ class Pusher(Task):
     def outcome(self, actions: Array) -> Outcome:
         near = -norm(self.object - self.arm) * self.env._reward_near_weight
         distance = -norm(self.object - self.goal) * self.env._reward_dist_weight
-        control = -np.square(actions).sum(axis=1) * self.env._reward_control_weight
+        control = -squared_sum(actions) * self.env._reward_control_weight
         terms = {"reward_dist": distance, "reward_ctrl": control, "reward_near": near}
         return Outcome(distance + control + near, self.never, terms)
 
