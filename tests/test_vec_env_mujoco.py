@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecNorma
 
 pytest.importorskip("mujoco", minversion="3.17")
 
+from sb3_pgplus.vec_env import mujoco_tasks
 from sb3_pgplus.vec_env.mujoco import MujocoVecEnv, usable_cpus
 
 ASSETS = Path(gym.__file__).parent / "envs" / "mujoco" / "assets"
@@ -139,6 +140,13 @@ def test_simulations_that_diverge_and_are_reset_inside_a_step_are_equal(task, mo
     reference, env = pair(task, 2, xml_file=path, max_episode_steps=15)
     assert_same_rollouts(reference, env, random_actions(env, 30))
     assert "unstable" in capfd.readouterr().err
+
+
+def test_squares_and_norms_round_as_those_of_single_numbers_and_vectors():
+    generator = np.random.default_rng(0)
+    values, vectors = generator.normal(size=20_000), generator.normal(size=(5000, 3))
+    assert mujoco_tasks.squares(values).tolist() == [value**2 for value in values]  # NumPy's float64, one by one
+    assert mujoco_tasks.norm(vectors).tolist() == [np.linalg.norm(vector) for vector in vectors]
 
 
 def test_an_environment_without_time_limit_goes_on():

@@ -98,11 +98,21 @@ def make_vec_env(
     env, why = build(request, backend)
     # What SB3's function ends with: the seeds of the first reset.
     env.seed(request.seed)
+    announce(request, env, why, verbose)
+    return env
+
+
+def announce(request: Request, env: VecEnv, why: str, verbose: int) -> None:
+    """
+    :param request: what was asked for
+    :param env: what was made of it
+    :param why: a remark on why it is this backend
+    :param verbose: whether to print it, too
+    """
     message = f"{request.env_id}: {request.n_envs} copies with backend {backend_of(env)!r}{why}"
     logger.info(message)
     if verbose:
         print(message)
-    return env
 
 
 def build(request: Request, backend: str) -> tuple[VecEnv, str]:
