@@ -1,0 +1,438 @@
+"""
+Gymnasium's MuJoCo v5 tasks in one batch: N simulations step in MuJoCo's own threads, without N Python environments.
+
+Observations, rewards and ends of episodes are those of SB3's ``DummyVecEnv`` bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
+from stable_baselines3.common.env_util import is_wrapped
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_pgplus.errors import BackendError
+from sb3_pgplus.vec_env.episodes import EpisodeMonitor
+from sb3_pgplus.vec_env.mujoco_tasks import ALL, TASKS, Array, Outcome, Rows, Task
+
+WRAPPERS_OF_MAKE = (TimeLimit, OrderEnforcing, PassiveEnvChecker)
+MONITOR_ARGUMENTS = ("allow_early_resets", "info_keywords", "override_existing")
+#: Attributes of a Gymnasium environment that follow its simulation, which the template's does not.
+STATE_ATTRIBUTES = frozenset({"model", "data", "mujoco_renderer", "_np_random", "_np_random_seed"})
+#: What comes from classes and wrappers instead, and is the same for all copies.
+SHARED_ATTRIBUTES = frozenset(
+    {"spec", "dt", "metadata", "render_mode", "action_space", "observation_space"}
+) | frozenset({"_max_episode_steps"})
+MONITOR_ATTRIBUTES = ("episode_returns", "episode_lengths", "episode_times")
+MONITOR_GETTERS = {
+    "get_episode_rewards": "episode_returns",
+    "get_episode_lengths": "episode_lengths",
+    "get_episode_times": "episode_times",
+    "get_total_steps": "total_steps",
+}
+
+
+class LeanInfo(dict[str, Any]):
+    """The info of one step: empty inside an episode. It says how to get the entries that it lacks."""
+
+    __slots__ = ()  # N of them are made in every step
+
+    def __missing__(self, key: str) -> Any:
+        if key == "TimeLimit.truncated":
+            return False
+        if key in ("episode", "terminal_observation"):
+            raise KeyError(key)
+        raise KeyError(
+            f"{key!r} is not in this info: the task's own entries cost time, so they are there only with "
+            "make_vec_env(..., full_infos=True)"
+        )
+
+
+class MujocoVecEnv(VecEnv):
+    """
+    N copies of a Gymnasium MuJoCo v5 task, each as in a ``Monitor``, on one ``mujoco.batch.Batch``.
+
+    Infos are short unless ``full_infos``: ``episode``, ``terminal_observation`` and ``TimeLimit.truncated`` where an
+    episode ends, nothing elsewhere.
+
+    :param env_id: registered id of one of the eleven tasks
+    :param n_envs: N
+    :param env_kwargs: for ``gymnasium.make``; the settings of all copies are read from one environment made so
+    :param n_threads: of the simulation, by default one per copy, and at most one per CPU that this process may use
+    :param full_infos: give the task's own info entries in every step, as Gymnasium does
+    :param start_index: number of the first copy, for the files
+    :param monitor_dir: folder for ``Monitor``'s files, or None
+    :param monitor_kwargs: ``allow_early_resets``, ``info_keywords``, ``override_existing``
+    :raises BackendError: if what is asked for cannot be had here, or might differ from Gymnasium
+    """
+
+    backend = "mujoco"
+    actions: Array
+
+    def __init__(
+        self,
+        env_id: str,
+        n_envs: int,
+        *,
+        env_kwargs: Mapping[str, Any] | None = None,
+        n_threads: int | None = None,
+        full_infos: bool = False,
+        start_index: int = 0,
+        monitor_dir: str | None = None,
+        monitor_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        task_class, batch_class = find_task(env_id), find_batch_class()
+        check_monitor_arguments(monitor_kwargs or {})
+        self._env = make_template(env_id, env_kwargs or {}, task_class)
+        self.n_threads = n_threads or min(n_envs, usable_cpus())
+        model = self._env.unwrapped.model
+        self._batch = make_batch(batch_class, model, n_envs, self.n_threads, task_class.needs_contact_forces)
+        self._task: Task | None = task_class(self._env.unwrapped, self._batch)
+        self._owner = os.getpid()
+        super().__init__(n_envs, self._env.observation_space, self._env.action_space)
+        self.metadata = self._env.metadata
+        self.full_infos = full_infos
+        is_limited = is_wrapped(self._env, TimeLimit)
+        self._time_limit = self._env.get_wrapper_attr("_max_episode_steps") if is_limited else np.iinfo(np.int64).max
+        self._frame_skip = self._env.unwrapped.frame_skip
+        self._generators: list[np.random.Generator | None] = [None] * n_envs
+        self._was_reset = False
+        # The states before the last step, for rendering, and where each copy's camera looks.
+        self._states_before: Array | None = self._batch.state.copy() if self.render_mode == "rgb_array" else None
+        self._lookat: dict[int, Array] = {}
+        self._episodes = EpisodeMonitor(n_envs, str(env_id), monitor_dir, start_index, **(monitor_kwargs or {}))
+
+    # --- stepping ---
+
+    def reset(self) -> Array:
+        task = self._usable_task()
+        self._episodes.start_all()
+        for i, seed in enumerate(self._seeds):
+            if seed is not None or self._generators[i] is None:
+                self._generators[i] = seeding.np_random(seed)[0]
+        self._was_reset = True
+        observations = self._start_episodes(task, np.arange(self.num_envs))
+        # Used once, as everywhere in SB3. None of these tasks has options.
+        self._reset_seeds()
+        self._reset_options()
+        return observations
+
+    def step_async(self, actions: Array) -> None:
+        actions = np.ascontiguousarray(actions)
+        expected = (self.num_envs, *(self.action_space.shape or ()))
+        if actions.shape != expected:
+            raise ValueError(f"`actions` must have shape {expected}, got {actions.shape}")
+        self.actions = actions
+
+    def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
+        task = self._usable_task()
+        if not self._was_reset:
+            raise RuntimeError("Tried to step environment that needs reset")
+        task.before_step()
+        task.ctrl[...] = self.actions
+        if self._states_before is not None:
+            np.copyto(self._states_before, self._batch.state)
+        self._batch.step(nstep=self._frame_skip)
+        task.after_step()
+        outcome = task.outcome(self.actions)
+        observations = task.observations(ALL)
+        self._episodes.add(outcome.rewards)
+        dones: Array = outcome.terminated | (self._episodes.lengths >= self._time_limit)
+        infos = self._infos(task, outcome)
+        if np.count_nonzero(dones):  # faster than any() on a few bytes
+            self._end_episodes(task, outcome, np.flatnonzero(dones), observations, infos)
+        return observations, outcome.rewards.astype(np.float32), dones, infos
+
+    def _infos(self, task: Task, outcome: Outcome) -> list[dict[str, Any]]:
+        if not self.full_infos:
+            return [LeanInfo() for _ in range(self.num_envs)]
+        infos = split(task.step_info() | outcome.terms, ALL)
+        for info in infos:
+            info["TimeLimit.truncated"] = False
+        return infos
+
+    def _end_episodes(
+        self, task: Task, outcome: Outcome, rows: Array, observations: Array, infos: list[dict[str, Any]]
+    ) -> None:
+        """
+        Complete infos of episodes that end here, and put the first observations of the next ones in place.
+
+        :param rows: which copies
+        :param observations: of the step, ``[N, d]``; those of ``rows`` are replaced
+        :param infos: of the step, changed in place
+        """
+        final_observations = observations[rows]
+        keywords = self._episodes.info_keywords
+        task_infos = split(task.step_info() | outcome.terms, rows) if keywords else [{}] * len(rows)
+        for i, final_observation, task_info in zip(rows.tolist(), final_observations, task_infos, strict=True):
+            infos[i]["episode"] = self._episodes.finish(i, task_info)
+            # A step that terminates is not truncated, whatever the clock says: SB3's convention.
+            infos[i]["TimeLimit.truncated"] = not outcome.terminated[i]
+            infos[i]["terminal_observation"] = final_observation
+        observations[rows] = self._start_episodes(task, rows)
+
+    def _start_episodes(self, task: Task, rows: Array) -> Array:
+        """:return: the first observations of the copies ``rows``, ``[K, d]``"""
+        import mujoco
+
+        self._batch.reset(rows, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
+        for i in rows.tolist():
+            generator = self._generators[i]
+            assert generator is not None  # reset() made it
+            task.qpos[i], task.qvel[i] = task.sample_state(generator)
+        self._batch.forward(rows)
+        task.after_reset(rows)
+        reset_info = task.reset_info()
+        for i, info in zip(rows.tolist(), split(reset_info, rows) if reset_info else [{} for _ in rows], strict=True):
+            self.reset_infos[i] = info
+        return task.observations(rows)
+
+    def _usable_task(self) -> Task:
+        if self._task is None:
+            raise RuntimeError("this MujocoVecEnv was closed; make another one")
+        if os.getpid() != self._owner and self.n_threads > 1:
+            raise RuntimeError(
+                "this MujocoVecEnv was made in the process that forked this one, and its threads stayed there: make it "
+                "inside the process that uses it, start that process with 'spawn' or 'forkserver', or pass n_threads=1"
+            )
+        return self._task
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task = self._batch = None
+            self._env.close()
+            self._episodes.close()
+
+    # --- pictures ---
+
+    def get_images(self) -> Sequence[Array | None]:
+        if self.render_mode != "rgb_array":
+            warnings.warn(
+                f"The render mode is {self.render_mode}, but this method assumes it is `rgb_array` to obtain images.",
+                stacklevel=2,
+            )
+            return [None] * self.num_envs
+        self._usable_task()
+        if not self._was_reset:
+            raise gym.error.ResetNeeded("Cannot render before calling reset()")
+        return [self._image(i) for i in range(self.num_envs)]
+
+    def _image(self, env: int) -> Array:
+        """
+        Gymnasium's camera on copy ``env``.
+
+        Gymnasium draws the pose of the last substep's beginning, which a batch does not keep. So the step is taken once
+        more, in the template's simulation.
+        """
+        import mujoco
+
+        template = self._env.unwrapped
+        model, data, state = template.model, template.data, mujoco.mjtState.mjSTATE_INTEGRATION
+        mujoco.mj_resetData(model, data)
+        if self._episodes.lengths[env] == 0:
+            mujoco.mj_setState(model, data, self._batch.state[env], state)
+            mujoco.mj_forward(model, data)
+        else:
+            assert self._states_before is not None  # render_mode is rgb_array
+            mujoco.mj_setState(model, data, self._states_before[env], state)
+            mujoco.mj_step(model, data, nstep=self._frame_skip)
+        renderer = template.mujoco_renderer
+        # Gymnasium points a copy's camera once, at the first picture of that copy.
+        lookat = (renderer.default_cam_config or {}).get("lookat")
+        if env not in self._lookat:
+            self._lookat[env] = np.median(data.geom_xpos, axis=0) if lookat is None else lookat
+        if renderer.viewer is not None:  # the first picture of all makes it, and points it so
+            renderer.viewer.cam.lookat[:] = self._lookat[env]
+        image: Array = renderer.render("rgb_array")
+        return image
+
+    # --- the copies, as far as there are any ---
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """
+        An attribute of the copies, if it is the same for all of them or one of the ``Monitor``'s.
+
+        :param attr_name: its name
+        :param indices: which copies, by default all
+        :raises AttributeError: if there is none, or if it belongs to the state of a simulation
+        """
+        copies = list(self._get_indices(indices))
+        if attr_name in MONITOR_ATTRIBUTES:
+            return [getattr(self._episodes, attr_name)[i] for i in copies]
+        if attr_name == "total_steps":
+            return [self._episodes.total_steps for _ in copies]
+        value = self._env.get_wrapper_attr(attr_name)
+        settings = vars(self._env.unwrapped).keys() - STATE_ATTRIBUTES
+        if attr_name not in settings | SHARED_ATTRIBUTES:
+            self._refuse(f"the attribute {attr_name!r} of single copies")
+        return [value for _ in copies]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """
+        Refused: settings are read once.
+
+        :raises AttributeError: always
+        """
+        self._refuse(f"setting {attr_name!r} after the environments are made (pass it in env_kwargs)")
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        """
+        The ``Monitor``'s getters, ``render`` and ``get_wrapper_attr``.
+
+        :param method_name: its name
+        :param indices: which copies, by default all
+        :raises AttributeError: on any other method
+        """
+        copies = list(self._get_indices(indices))
+        methods: dict[str, Callable[..., list[Any]]] = {
+            name: lambda attribute=attribute: self.get_attr(attribute, copies)
+            for name, attribute in MONITOR_GETTERS.items()
+        }
+        methods["get_wrapper_attr"] = lambda name: self.get_attr(name, copies)
+        methods["render"] = lambda: [self.get_images()[i] for i in copies]
+        if method_name not in methods:
+            self._env.get_wrapper_attr(method_name)
+            self._refuse(f"the method {method_name!r} of single copies")
+        return methods[method_name](*method_args, **method_kwargs)
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
+        """
+        :param wrapper_class: ``Monitor`` or one of ``gymnasium.make``'s own wrappers, to have True
+        :param indices: which copies, by default all
+        """
+        return [is_wrapped(self._env, wrapper_class) for _ in self._get_indices(indices)]
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise AttributeError(
+            f"MujocoVecEnv simulates all copies in one batch and does not offer {what}: "
+            'make_vec_env(..., backend="dummy") has one Gymnasium environment per copy'
+        )
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("MujocoVecEnv cannot be pickled or copied, its simulations live in MuJoCo: make another one")
+
+
+def split(columns: Mapping[str, Array], rows: Rows) -> list[dict[str, Any]]:
+    """
+    Turn one array per entry into one dictionary per environment.
+
+    :param columns: name → ``[N]`` or ``[N, d]``
+    :param rows: which K environments
+    :return: K dictionaries
+    """
+    values = zip(*(column[rows] for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in values]
+
+
+# --- can it be had? ---------------------------------------------------------------------------------------------------
+
+
+def find_task(env_id: Any) -> type[Task]:
+    """
+    Look the task up without building an environment.
+
+    :param env_id: what ``make_vec_env`` was given
+    :raises BackendError: if it is not the id of one of the eleven tasks
+    """
+    spec = gym.registry.get(env_id.rpartition(":")[2]) if isinstance(env_id, str) else None
+    point: Any = None if spec is None else spec.entry_point
+    name = point if isinstance(point, str) else f"{point.__module__}:{point.__qualname__}" if point else ""
+    if name not in TASKS:
+        what = env_id if isinstance(env_id, str) else "a class or function that builds environments"
+        raise BackendError(f"it has Gymnasium's eleven MuJoCo tasks of version v5, and {what} is none of them")
+    return TASKS[name]
+
+
+def find_batch_class() -> Any:
+    """
+    :return: ``mujoco.batch.Batch``
+    :raises BackendError: if what is installed has none, or rounds differently
+    """
+    try:
+        batch_class = importlib.import_module("mujoco.batch").Batch
+    except ImportError as error:
+        raise BackendError('it needs MuJoCo 3.17 or newer, run: pip install "sb3_pgplus[mujoco]"') from error
+    if not hasattr(np, "vecdot"):
+        # NumPy 1 promotes float32 scalars and float32 arrays differently, so rewards would not be Gymnasium's.
+        raise BackendError(f"it needs NumPy 2 or newer, and {np.__version__} is installed")
+    return batch_class
+
+
+def check_monitor_arguments(arguments: Mapping[str, Any]) -> None:
+    """
+    :param arguments: ``monitor_kwargs``
+    :raises BackendError: if one is not known here
+    """
+    for name in arguments:
+        if name not in MONITOR_ARGUMENTS:
+            raise BackendError(f"`monitor_kwargs` may have {', '.join(MONITOR_ARGUMENTS)} here, not {name}")
+
+
+def make_template(env_id: str, env_kwargs: Mapping[str, Any], task_class: type[Task]) -> Any:
+    """
+    Build the one environment that settings, spaces and camera are taken from.
+
+    :param env_id: registered id
+    :param env_kwargs: for ``gymnasium.make``
+    :param task_class: what its id promises
+    :raises BackendError: if it is not what its id promises, or wrapped, or draws in a window
+    """
+    env = Monitor(gym.make(env_id, **{"render_mode": "rgb_array", **env_kwargs}))
+    layer: Any = env.env
+    while isinstance(layer, gym.Wrapper):
+        if type(layer) not in WRAPPERS_OF_MAKE:
+            raise BackendError(f"{env_id} comes in a {type(layer).__name__}, and it cannot serve wrappers")
+        layer = layer.env
+    if TASKS.get(f"{type(layer).__module__}:{type(layer).__qualname__}") is not task_class:
+        raise BackendError(f"{env_id} is a {type(layer).__name__}, not the task that its id promises")
+    if env.render_mode not in (None, "rgb_array"):
+        raise BackendError(f"`render_mode` may be 'rgb_array' or None here, not {env.render_mode!r}")
+    if layer.model.nplugin:
+        raise BackendError(f"the model of {env_id} has engine plugins, which may keep a state of their own")
+    return env
+
+
+def make_batch(batch_class: Any, model: Any, n_envs: int, n_threads: int, persistent: bool) -> Any:
+    """
+    :param batch_class: ``mujoco.batch.Batch``
+    :param model: of the template
+    :param n_envs: N
+    :param n_threads: see :class:`MujocoVecEnv`
+    :param persistent: whether each simulation keeps its data between steps
+    :raises BackendError: if the batch refuses the model
+    """
+    try:
+        batch = batch_class(model, n_envs, n_threads, persistent)
+    except ValueError as error:
+        raise BackendError(f"MuJoCo does not take this model in a batch: {error}") from error
+    BATCHES.add(batch)
+    return batch
+
+
+BATCHES: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _never_free_batches_of_the_parent() -> None:
+    """In a forked child, freeing a batch would wait for ever: its threads stayed in the parent."""
+    for batch in BATCHES:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(batch))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_never_free_batches_of_the_parent)
+
+
+def usable_cpus() -> int:
+    """:return: the number of CPUs this process may use, which a container or ``taskset`` may have limited"""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
