@@ -53,10 +53,7 @@ def _is_lean(optimizer: th.optim.Optimizer) -> bool:
     own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     if any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
         return False
-    plain = all(
-        group["fused"] and not group["amsgrad"] and not group["decoupled_weight_decay"]
-        for group in optimizer.param_groups
-    )
+    plain = all(group["fused"] and not group["amsgrad"] for group in optimizer.param_groups)
     return plain and all(p in optimizer.state for group in optimizer.param_groups for p in _with_gradient(group))
 
 
@@ -71,7 +68,8 @@ def _adam_step(optimizer: th.optim.Optimizer, group: dict[str, Any], parameters:
     counter = _shared_counter(states, steps)
     counter += 1
     beta1, beta2 = group["betas"]
-    th._fused_adam_(
+    kernel = th._fused_adamw_ if group["decoupled_weight_decay"] else th._fused_adam_
+    kernel(
         parameters,
         [p.grad for p in parameters],  # type: ignore[misc]  # those without were left out
         exp_avgs,
