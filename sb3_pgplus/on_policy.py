@@ -5,6 +5,7 @@ The algorithms only add their update.
 
 import inspect
 import math
+import operator
 import time
 from numbers import Real
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
@@ -109,6 +110,8 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         self._nonfinite_updates = 0
         self._nonfinite_in_a_row = 0
         self._warned_short_learns = False
+        #: Values, progress and result of the last `hyperparameters_at`: most of them never change.
+        self._resolved: tuple[list[Any], float, H] | None = None
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
@@ -147,7 +150,16 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         :raises TypeError: on a value of the wrong type
         :raises ValueError: on a value that is not allowed
         """
-        return self.hparams_class.resolve(self.__dict__, progress_remaining)
+        names = self.hparams_class.names()
+        values = [self.__dict__[name] for name in names]
+        if self._resolved is None or any(map(operator.is_not, values, self._resolved[0])):
+            found = self.hparams_class.resolve(self.__dict__, progress_remaining)
+        elif progress_remaining == self._resolved[1]:
+            return self._resolved[2]
+        else:
+            found = self._resolved[2].later(self.__dict__, progress_remaining)
+        self._resolved = (values, progress_remaining, found)
+        return found
 
     def hyperparameters(self) -> dict[str, Any]:
         """Name → value of every hyperparameter as it is set now, fit for a YAML file (schedules as strings)."""

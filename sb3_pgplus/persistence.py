@@ -60,6 +60,7 @@ class Persistence(_Base):
             "_observations_merged",
             "_lr_schedule_source",
             "_warned_short_learns",
+            "_resolved",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
