@@ -15,7 +15,7 @@ import torch as th
 from torch import nn
 
 from sb3_pgplus.errors import warn_user
-from sb3_pgplus.guards import without_distribution_checks
+from sb3_pgplus.guards import broken_policy, without_distribution_checks
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.optimizers import drop_gradients
 from sb3_pgplus.sampling import Draw, noise_of, sample
@@ -281,7 +281,12 @@ class Engine:
 
 def _eager_step(policy: Any, observations: Any) -> Any:
     with without_distribution_checks():  # NaN is found in the log-probabilities
-        return policy(observations)
+        try:
+            return policy(observations)
+        except RuntimeError as error:
+            if "inf, nan" in str(error):  # torch draws from no such probabilities
+                raise broken_policy(policy) from error
+            raise
 
 
 class _PolicyStep:

@@ -54,11 +54,19 @@ def check_finite_policy(log_probs: th.Tensor, policy: nn.Module) -> None:
     :param policy: whose they are, to name the cause
     :raises NonFinitePolicyError: naming the first parameter that is not finite
     """
-    if bool(log_probs.isfinite().all()):
-        return
+    if not bool(log_probs.isfinite().all()):
+        raise broken_policy(policy)
+
+
+def broken_policy(policy: nn.Module) -> NonFinitePolicyError:
+    """
+    The error for a policy whose outputs are not finite.
+
+    :param policy: to name the cause
+    """
     broken = _broken_parameter(policy)
     cause = f"its parameters are not finite ({broken}): they were set or loaded so" if broken else "they overflow"
-    raise NonFinitePolicyError(f"the policy's log-probabilities are NaN or infinite in the rollout: {cause}.")
+    return NonFinitePolicyError(f"the policy's outputs are NaN or infinite in the rollout: {cause}.")
 
 
 def _broken_parameter(policy: nn.Module) -> str | None:
