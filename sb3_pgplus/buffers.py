@@ -181,7 +181,9 @@ class TorchRolloutBuffer(RolloutBuffer):
             self._allocate()
         assert self._storage is not None
         if "observations" not in self._storage:
-            self._storage["observations"] = self._allocate_observations(obs)
+            stored = self._storage["observations"] = self._allocate_observations(obs)
+            if self._rows is not None and isinstance(stored, th.Tensor):
+                self._rows["observations"] = stored.numpy()
         self._write_observations(obs)
         self._write_row("actions", action.reshape(self.n_envs, self.action_dim))
         self._write_row("rewards", reward)
@@ -306,16 +308,14 @@ class TorchRolloutBuffer(RolloutBuffer):
         return template.new_zeros((self.buffer_size, self.n_envs, *shape), device=self.device)
 
     def _write_observations(self, obs: Any) -> None:
-        self._write(self.tensor("observations"), obs)
+        rows = None if self._rows is None else self._rows["observations"]
+        if rows is not None and isinstance(obs, np.ndarray) and obs.dtype == rows.dtype:
+            rows[self.pos] = obs.reshape(rows.shape[1:])
+        else:
+            self._write(self.tensor("observations"), obs)
 
     def _write(self, storage: th.Tensor, obs: Any) -> None:
-        row = storage[self.pos]
-        if row.device.type == "cpu" and isinstance(obs, np.ndarray):
-            array = row.numpy()
-            if array.dtype == obs.dtype:
-                array[:] = obs.reshape(array.shape)
-                return
-        tensor = as_tensor(obs)
+        tensor, row = as_tensor(obs), storage[self.pos]
         if not _fits(tensor.dtype, storage.dtype):
             raise TypeError(
                 f"observations came as {storage.dtype} at first and now as {tensor.dtype}, which would be cut"

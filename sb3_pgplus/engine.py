@@ -284,7 +284,7 @@ def _eager_step(policy: Any, observations: Any) -> Any:
         try:
             return policy(observations)
         except RuntimeError as error:
-            if "inf, nan" in str(error):  # torch draws from no such probabilities
+            if "nan" in str(error):  # torch draws from no such probabilities
                 raise broken_policy(policy) from error
             raise
 
@@ -294,11 +294,16 @@ class _PolicyStep:
 
     def __init__(self, compiled: _Compiled, tensors: list[th.Tensor], draws: list[Draw]) -> None:
         self._compiled, self._tensors, self._draws = compiled, tensors, draws
+        self._noise: list[th.Tensor] = []
 
     def __call__(self, observations: Any) -> tuple[th.Tensor, ...]:
         self._compiled.n_calls += 1
-        noise = [draw() for draw in self._draws]
-        return tuple(self._compiled.call([*self._tensors, *_flat(observations), *noise]))
+        self._noise = [draw() for draw in self._draws]
+        return tuple(self._compiled.call([*self._tensors, *_flat(observations), *self._noise]))
+
+    def values(self, observations: Any) -> th.Tensor:
+        """V of as many observations as a step has, ``[N, 1]``; the noise of the last step serves, none is drawn."""
+        return self._compiled.call([*self._tensors, *_flat(observations), *self._noise])[1]
 
 
 def _compile_policy_step(policy: Any, tensors: Tensors, observations: Any, draws: list[Draw]) -> _Compiled:

@@ -36,7 +36,7 @@ from sb3_pgplus.guards import check_finite_policy, check_finite_step, without_di
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.persistence import Persistence
-from sb3_pgplus.policies import RunningMoments
+from sb3_pgplus.policies import RunningMoments, set_training_mode
 from sb3_pgplus.rollouts import RolloutProcessing
 from sb3_pgplus.schedules import as_schedule, describe_schedule, is_constant
 from sb3_pgplus.updates import GradientUpdates
@@ -299,7 +299,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         assert self._last_obs is not None, "No previous observation was provided"
         started = time.perf_counter()
         # Batch norm and dropout in their evaluation mode.
-        self.policy.set_training_mode(False)
+        set_training_mode(self.policy, False)
         n_steps = 0
         self._merge_observations(rollout_buffer)  # those of the last rollout, now that its update is over
         rollout_buffer.reset()
@@ -312,6 +312,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         on_device = self._trains_on_tensors_of(env)
         with th.no_grad():
             policy_step = self._engine.policy_step(self.policy, self._observation_tensor())
+        self._value_function = getattr(policy_step, "values", self.policy.predict_values)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -391,7 +392,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
     def train(self) -> None:
         """Update the policy on the rollout that was just collected."""
         started = time.perf_counter()
-        self.policy.set_training_mode(True)
+        set_training_mode(self.policy, True)
         hp = self.hyperparameters_at(self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
         metrics = Metrics()

@@ -37,24 +37,32 @@ def step(optimizer: th.optim.Optimizer) -> None:
 
     :param optimizer: any, gradients in place
     """
-    if not _is_lean(optimizer):
+    work = _lean_work(optimizer)
+    if work is None:
         optimizer.step()
         return
-    for group in optimizer.param_groups:
-        parameters = _with_gradient(group)
-        if parameters:
-            _KERNELS[type(optimizer)](optimizer, group, parameters)
+    for group, parameters, states in work:
+        _KERNELS[type(optimizer)](group, parameters, states)
 
 
-def _is_lean(optimizer: th.optim.Optimizer) -> bool:
-    """Whether we have its kernels and state for all gradients, no hook and no scheduler that wraps its ``step``."""
+def _lean_work(
+    optimizer: th.optim.Optimizer,
+) -> list[tuple[dict[str, Any], list[th.Tensor], list[dict[str, Any]]]] | None:
+    """Groups with their parameters that have gradients and their states; None if torch's own method has to step."""
     if type(optimizer) not in _KERNELS or "step" in optimizer.__dict__:
-        return False
+        return None
     own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     if any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
-        return False
-    plain = all(_is_plain(type(optimizer), group) for group in optimizer.param_groups)
-    return plain and all(p in optimizer.state for group in optimizer.param_groups for p in _with_gradient(group))
+        return None
+    work = []
+    for group in optimizer.param_groups:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        states: list[Any] = [optimizer.state.get(p) for p in parameters]
+        if not _is_plain(type(optimizer), group) or not all(states):
+            return None
+        if parameters:
+            work.append((group, parameters, states))
+    return work
 
 
 def _is_plain(kind: type[th.optim.Optimizer], group: dict[str, Any]) -> bool:
@@ -64,13 +72,8 @@ def _is_plain(kind: type[th.optim.Optimizer], group: dict[str, Any]) -> bool:
     return group["foreach"] is None and not any(group[name] for name in unusual)
 
 
-def _with_gradient(group: dict[str, Any]) -> list[th.Tensor]:
-    return [p for p in group["params"] if p.grad is not None]
-
-
 @th.no_grad()
-def _adam_step(optimizer: th.optim.Optimizer, group: dict[str, Any], parameters: list[th.Tensor]) -> None:
-    states = [optimizer.state[p] for p in parameters]
+def _adam_step(group: dict[str, Any], parameters: list[th.Tensor], states: list[dict[str, Any]]) -> None:
     _count_up(states)
     beta1, beta2 = group["betas"]
     kernel = th._fused_adamw_ if group["decoupled_weight_decay"] else th._fused_adam_
@@ -92,9 +95,8 @@ def _adam_step(optimizer: th.optim.Optimizer, group: dict[str, Any], parameters:
 
 
 @th.no_grad()
-def _rmsprop_step(optimizer: th.optim.Optimizer, group: dict[str, Any], parameters: list[th.Tensor]) -> None:
+def _rmsprop_step(group: dict[str, Any], parameters: list[th.Tensor], states: list[dict[str, Any]]) -> None:
     """``v ← αv + (1−α)g²,  θ ← θ − lr g/(√v + ε)``: torch's operations in torch's order, for all parameters at once."""
-    states = [optimizer.state[p] for p in parameters]
     _count_up(states)
     gradients: Any = [p.grad for p in parameters]
     averages = [state["square_avg"] for state in states]
@@ -105,7 +107,7 @@ def _rmsprop_step(optimizer: th.optim.Optimizer, group: dict[str, Any], paramete
     th._foreach_addcdiv_(parameters, gradients, roots, -group["lr"])
 
 
-_KERNELS: dict[type[th.optim.Optimizer], Callable[[th.optim.Optimizer, dict[str, Any], list[th.Tensor]], None]] = {
+_KERNELS: dict[type[th.optim.Optimizer], Callable[[dict[str, Any], list[th.Tensor], list[dict[str, Any]]], None]] = {
     th.optim.Adam: _adam_step,
     th.optim.RMSprop: _rmsprop_step,
 }

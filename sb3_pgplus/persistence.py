@@ -62,6 +62,7 @@ class Persistence(_Base):
             "_warned_short_learns",
             "_resolved",
             "_device_infos",
+            "_value_function",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
@@ -331,6 +331,38 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> list[nn.Parameter]:
     parameters = [p for p in policy.parameters() if p.requires_grad]
     gradients = th.autograd.grad(actor_outputs, parameters, allow_unused=True)
     return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+
+
+def submodules(*roots: nn.Module) -> list[nn.Module]:
+    """
+    Modules with everything inside them, each once; ``nn.Module.modules`` without its cost, for use at every update.
+
+    :param roots: where to begin
+    """
+    found: dict[int, nn.Module] = {}
+    stack = list(roots)
+    while stack:
+        module = stack.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            stack += [child for child in module.__dict__["_modules"].values() if child is not None]
+    return list(found.values())
+
+
+def set_training_mode(policy: BasePolicy, mode: bool) -> None:
+    """
+    ``policy.set_training_mode(mode)``, the quick way where nobody has changed what that does.
+
+    :param policy: any
+    :param mode: True for updates, False for rollouts
+    """
+    modules = submodules(policy)
+    stock = type(policy).set_training_mode is BasePolicy.set_training_mode
+    if not stock or any(type(module).train is not nn.Module.train for module in modules):
+        policy.set_training_mode(mode)
+        return
+    for module in modules:  # past nn.Module.__setattr__, which looks for parameters in everything
+        module.__dict__["training"] = mode
 
 
 def dummy_observations(space: spaces.Space[Any], device: th.device, batch_size: int = 2) -> PyTorchObs:

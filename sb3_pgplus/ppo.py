@@ -2,7 +2,7 @@
 Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.06347) with all implementation tricks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar, cast
@@ -11,10 +11,11 @@ import torch as th
 
 from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer
 from sb3_pgplus.core import losses
+from sb3_pgplus.engine import Gradient
 from sb3_pgplus.hparams import PPOHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.on_policy import PolicyGradientPlus
-from sb3_pgplus.policies import critic_only_parameters, distribution_parameters, kl_old_new
+from sb3_pgplus.policies import critic_only_parameters, distribution_parameters, kl_old_new, set_training_mode
 from sb3_pgplus.schedules import as_schedule
 from sb3_pgplus.updates import check_minibatches
 
@@ -74,12 +75,13 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         if hp.kl_coef is not None:
             self._store_old_distribution()
         settings, hp = hp, self._with_adapted_kl_coef(hp)
+        with_critic, without_critic = (self._loss_gradient(hp, choice) for choice in (True, False))
         for epoch in range(hp.n_epochs):
             # "auto" is on wherever it can be; True was refused at set-up where it cannot.
             if hp.recompute_advantages and epoch > 0 and isinstance(self.rollout_buffer, TorchRolloutBuffer):
                 self._recompute_advantages(self.rollout_buffer, hp)
             metrics.restart("train/approx_kl")
-            finished = self._epoch(hp, metrics, with_critic=epoch < n_critic_epochs)
+            finished = self._epoch(hp, metrics, with_critic if epoch < n_critic_epochs else without_critic)
             self._n_updates += 1
             if not finished:
                 if self.verbose >= 1:
@@ -106,15 +108,16 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         own = critic_only_parameters(self.policy)
         self._fit_critic(own, hp.n_critic_epochs - n_done, hp, weighted, metrics)
 
-    def _epoch(self, hp: PPOHparams, metrics: Metrics, with_critic: bool) -> bool:
+    def _loss_gradient(self, hp: PPOHparams, with_critic: bool) -> Callable[[RolloutSamples], Gradient]:
+        loss, parameters = partial(self.loss, with_critic=with_critic), list(self.policy.parameters())
+        return self._gradient_of("update", loss, hp, parameters, hp.batch_size, variant=with_critic)
+
+    def _epoch(self, hp: PPOHparams, metrics: Metrics, gradient_of: Callable[[RolloutSamples], Gradient]) -> bool:
         """
         One pass over the rollout.
 
         :return: False if the KL exceeded 1.5 times ``target_kl``, before that minibatch's step (SB3's meaning)
         """
-        parameters = list(self.policy.parameters())
-        loss = partial(self.loss, with_critic=with_critic)
-        gradient_of = self._gradient_of("update", loss, hp, parameters, hp.batch_size, variant=with_critic)
         # SB3's buffers hand out the same fields but `old_distribution`, which they are not asked for.
         for batch in cast(Iterator[RolloutSamples], self.rollout_buffer.get(hp.batch_size)):
             gradient = gradient_of(batch)
@@ -177,10 +180,10 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
     def _store_old_distribution(self) -> None:
         """Keep π_old's distribution parameters beside the rollout, for the closed-form KL."""
         buffer = cast(TorchRolloutBuffer, self.rollout_buffer)
-        self.policy.set_training_mode(False)
+        set_training_mode(self.policy, False)
         with th.no_grad():
             buffer.extras = distribution_parameters(self.policy.get_distribution(buffer.flat("observations")))
-        self.policy.set_training_mode(True)
+        set_training_mode(self.policy, True)
 
     def _with_adapted_kl_coef(self, hp: PPOHparams) -> PPOHparams:
         return hp if hp.kl_coef is None else replace(hp, kl_coef=hp.kl_coef * self._kl_coef_scale)
@@ -200,9 +203,9 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         """Divide the rate by 1.5 above 2·desired, multiply it below desired/2; 1/100 to 10 times the schedule."""
         buffer, before = cast(TorchRolloutBuffer, self.rollout_buffer), self._kl_lr_scale
         # Measured after the epoch: the minibatches' own estimates are taken before their steps, the first at π_old.
-        self.policy.set_training_mode(False)
+        set_training_mode(self.policy, False)
         _, log_probs = self._evaluate(buffer)
-        self.policy.set_training_mode(True)
+        set_training_mode(self.policy, True)
         kl = float(losses.kl_old_new(log_probs - buffer.tensor("log_probs").flatten()))
         if kl > 2 * desired:
             self._kl_lr_scale = max(before / 1.5, 0.01)

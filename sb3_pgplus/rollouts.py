@@ -28,7 +28,7 @@ from sb3_pgplus.core.advantages import (
 from sb3_pgplus.errors import HyperparameterError
 from sb3_pgplus.guards import check_finite_policy, check_finite_step
 from sb3_pgplus.hparams import PolicyGradientHparams
-from sb3_pgplus.policies import RunningMoments, observation_normalizer
+from sb3_pgplus.policies import RunningMoments, observation_normalizer, set_training_mode
 from sb3_pgplus.vec_env.tensors import TensorInfos, episodes_of
 
 if TYPE_CHECKING:  # a mix-in of one class: let the type checker see what it is mixed into
@@ -79,6 +79,8 @@ class RolloutProcessing(_Base):
     _rollout_end: RolloutEnd
     _observations_merged: bool
     _device_infos: list[TensorInfos]
+    #: Observations as many as environments ↦ V, by the quickest way there is.
+    _value_function: Callable[[Any], th.Tensor]
 
     def _policy_actions(self, actions: th.Tensor) -> th.Tensor:
         raise NotImplementedError
@@ -219,7 +221,9 @@ class RolloutProcessing(_Base):
     def _last_values(self) -> th.Tensor:
         """V of the observations after the last step, ``[N]``, in one batch as SB3 has it."""
         assert self._rollout_end.last_observations is not None
-        return self._values_of(self._rollout_end.last_observations, self.n_envs)
+        with th.no_grad():
+            values = self._value_function(self._rollout_end.last_observations)
+        return self._denormalized(values.flatten())
 
     def _compute_bootstraps(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
         end = self._rollout_end
@@ -243,12 +247,12 @@ class RolloutProcessing(_Base):
         refers to, stays that of the rollout.
         """
         old_values = buffer.tensor("values").clone()
-        self.policy.set_training_mode(False)
-        values, _ = self._evaluate(buffer)
-        buffer.tensor("values").copy_(values.view_as(old_values))
+        set_training_mode(self.policy, False)
+        observations = map_observations(buffer.tensor("observations"), lambda x: x.flatten(0, 1))
+        buffer.tensor("values").copy_(self._values_of(observations, _CHUNK).view_as(old_values))
         self._compute_bootstraps(buffer, hp)
         self._compute_advantages(buffer, hp)
-        self.policy.set_training_mode(True)
+        set_training_mode(self.policy, True)
         buffer.tensor("values").copy_(old_values)
 
     def _evaluate(self, buffer: TorchRolloutBuffer) -> tuple[th.Tensor, th.Tensor]:

@@ -23,7 +23,7 @@ from stable_baselines3.common.policies import (
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from torch import nn
 
-from sb3_pgplus.policies import NormalizesObservations, ObservationNormalizer, RunningMoments
+from sb3_pgplus.policies import NormalizesObservations, ObservationNormalizer, RunningMoments, submodules
 
 #: Layers whose output depends on input, parameters and plain attributes alone: no chance, no batch statistics.
 _LAYERS: set[type[nn.Module]] = {FlattenExtractor, MlpExtractor, NatureCNN, CombinedExtractor}
@@ -105,13 +105,7 @@ def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[in
     """
     plain: list[Any] = []
     identities: list[int] = []
-    seen: set[int] = set()
-    stack = list(modules)
-    while stack:
-        module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
+    for module in submodules(*modules):
         attributes = module.__dict__
         # Their number, because a method may be replaced by an attribute.
         plain += (type(module), len(attributes), any([attributes[hooks] for hooks in _HOOKS]))
@@ -126,7 +120,6 @@ def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[in
                     tensor._backward_hooks is None,
                 )
                 identities.append(id(tensor))
-        stack += [child for child in attributes["_modules"].values() if child is not None]
     return tuple(plain), tuple(identities)
 
 
@@ -200,7 +193,10 @@ def compile_function(
     context = th._guards.TracingContext(examples[0].fake_mode)
     with th._guards.tracing(context), config.patch(cpp_wrapper=on_cpu, size_asserts=False), th.no_grad():
         compiled: Any = compile_fx_inner(graph, examples, cpp_wrapper=on_cpu)
-    return compiled  # type: ignore[no-any-return]  # the compiler's own callable
+        compiled([tensor.detach() for tensor in inputs])  # the first call finishes the compiler's own records
+    # What is called from now on, without the records that the compiler keeps of every call.
+    call: Callable[[list[th.Tensor]], Sequence[th.Tensor]] = getattr(compiled, "current_callable", None) or compiled
+    return call
 
 
 def _without_detach(graph: th.fx.GraphModule) -> th.fx.GraphModule:

@@ -33,7 +33,14 @@ from sb3_pgplus.guards import without_distribution_checks
 from sb3_pgplus.hparams import TRPOHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.on_policy import PolicyGradientPlus
-from sb3_pgplus.policies import Parameters, distribution_parameters, fisher_outputs, kl_new_old, kl_old_new
+from sb3_pgplus.policies import (
+    Parameters,
+    distribution_parameters,
+    fisher_outputs,
+    kl_new_old,
+    kl_old_new,
+    set_training_mode,
+)
 from sb3_pgplus.updates import check_minibatches
 
 #: sb3-contrib starts conjugate gradient at noise of this size, and ends it at this residual.
@@ -97,13 +104,13 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
     def update(self, hp: TRPOHparams, metrics: Metrics) -> None:
         """One step of the policy within the trust region, then the critic's own epochs."""
         # Dropout and batch statistics would make the KL of a step a matter of chance, and shift it after the search.
-        self.policy.set_training_mode(False)
+        set_training_mode(self.policy, False)
         batch = cast(RolloutSamples, next(iter(self.rollout_buffer.get(batch_size=None))))
         # The policy's failures in a row and the critic's are counted apart: good steps of one do not excuse the other.
         critic_failures, self._nonfinite_in_a_row = self._nonfinite_in_a_row, self._failed_policy_steps
         actor = self._step_policy(every(batch, hp.sub_sampling_factor), hp)
         self._failed_policy_steps, self._nonfinite_in_a_row = self._nonfinite_in_a_row, critic_failures
-        self.policy.set_training_mode(True)
+        set_training_mode(self.policy, True)
         with restored(layer_statistics(self.policy)):
             actor_ids = {id(parameter) for parameter in actor}
             own = [p for p in self.policy.parameters() if p.requires_grad and id(p) not in actor_ids]
@@ -251,10 +258,10 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         """With the observations come the statistics that layers keep (batch norm), from one pass over the rollout."""
         if self._layer_statistics_due and layer_statistics(self.policy):
             actions = th.as_tensor(buffer.actions, device=self.device).reshape(-1, buffer.action_dim)
-            self.policy.set_training_mode(True)
+            set_training_mode(self.policy, True)
             with th.no_grad(), without_distribution_checks():
                 self.policy.evaluate_actions(self._flat_observations(buffer), self._policy_actions(actions))
-            self.policy.set_training_mode(False)
+            set_training_mode(self.policy, False)
         self._layer_statistics_due = False
         super()._merge_observations(buffer)
 
