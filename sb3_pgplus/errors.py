@@ -20,6 +20,10 @@ class NonFiniteUpdateError(ValueError):
     """Several updates in a row had a NaN or infinite loss or gradient. RL Zoo prunes a trial on ``ValueError``."""
 
 
+class WorkerError(RuntimeError):
+    """An environment in a worker process raised an error, took too long, or ended its process."""
+
+
 def warn_user(message: str) -> None:
     """
     Warn, naming the line of the user's code that led here instead of one of ours or SB3's.

@@ -106,9 +106,14 @@ class Step(NamedTuple):
     reset_infos: list[dict[str, Any]]
 
 
+def monitored(env_fns: EnvFns) -> EnvFns:
+    """Functions that put each environment into SB3's Monitor."""
+    return [lambda fn=fn: Monitor(fn()) for fn in env_fns]  # type: ignore[misc]  # a default binds `fn`
+
+
 def oracle(env_fns: EnvFns) -> VecEnv:
     """SB3's vector environment with SB3's statistics."""
-    return DummyVecEnv([lambda fn=fn: Monitor(fn()) for fn in env_fns])  # type: ignore[misc]  # a default binds `fn`
+    return DummyVecEnv(monitored(env_fns))
 
 
 def play(env: VecEnv, steps: int = 40, seed: int = 3) -> tuple[Any, list[Step]]:

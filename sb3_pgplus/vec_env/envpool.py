@@ -9,13 +9,13 @@ that step: every transition is real, and every final observation is the episode'
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sb3_pgplus.errors import warn_user
+from sb3_pgplus.vec_env.cores import available_cores
 from sb3_pgplus.vec_env.episodes import Array, array_pairs
 from sb3_pgplus.vec_env.gymnasium_adapter import GymnasiumVecEnv
 
@@ -96,7 +96,7 @@ def make_envpool(
         similar = difflib.get_close_matches(env_id, known, n=3)
         hint = f"; similar: {', '.join(similar)}" if similar else ""
         raise ValueError(f"EnvPool has no environment {env_id!r} (envpool.list_all_envs() lists those it has){hint}")
-    kwargs.setdefault("num_threads", min(n_envs, _available_cores()))
+    kwargs.setdefault("num_threads", min(n_envs, available_cores()))
 
     def build(pool_seed: int) -> Any:
         return envpool.make(env_id, env_type="gymnasium", num_envs=n_envs, seed=pool_seed, **kwargs)
@@ -111,11 +111,6 @@ def _import_envpool() -> Any:
     except ImportError as error:
         raise ImportError('EnvPool is not installed, run: pip install "sb3_pgplus[envpool]"') from error
     return envpool
-
-
-def _available_cores() -> int:
-    """The cores that this process may use, which in a container or a batch job are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _spread(infos: Mapping[str, Any], rows: Array, n_envs: int) -> dict[str, Any]:
