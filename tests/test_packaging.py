@@ -73,7 +73,8 @@ OPTIONAL_PACKAGE_OWNERS = {
     "wandb": ("callbacks",),
 }
 #: These cost seconds or need an extra, so they have to wait until they are used.
-HEAVY = ("wandb", "optuna", "rl_zoo3", "matplotlib", "torch._inductor")
+HEAVY = ("wandb", "optuna", "rl_zoo3", "matplotlib", "torch._inductor", "mujoco", "envpool")
+HEAVY += tuple(f"sb3_pgplus.vec_env.{name}" for name in ("envpool", "gymnasium_adapter", "mujoco", "workers"))
 
 
 class Import(NamedTuple):
