@@ -52,6 +52,11 @@ class RolloutEnd:
     last_observations: PyTorchObs | None = None
     last_dones: np.ndarray[Any, Any] | None = None
 
+    #: Of environments on the device, for each step: which episodes a time limit cut ``[N]``, and the observations after
+    #: the step ``[N, ...]``.
+    device_truncations: list[th.Tensor] = field(default_factory=list)
+    device_observations: list[PyTorchObs] = field(default_factory=list)
+
     def add_truncation(self, step: int, env: int, final_observation: PyTorchObs) -> None:
         """
         :param step: time step t that a time limit cut
@@ -61,6 +66,15 @@ class RolloutEnd:
         self.steps.append(step)
         self.envs.append(env)
         self.final_observations.append(final_observation)
+
+    def read_device(self) -> None:
+        """Turn what was kept on the device into the lists above, with one look at it per rollout."""
+        if not self.device_truncations:
+            return
+        steps, envs = th.stack(self.device_truncations).nonzero().T.tolist()
+        for step, env in zip(steps, envs, strict=True):
+            self.add_truncation(step, env, select(self.device_observations[step], slice(env, env + 1)))
+        self.device_truncations, self.device_observations = [], []
 
 
 class _NumpyView:
@@ -352,6 +366,11 @@ def map_observations(observations: Any, function: Callable[[th.Tensor], Any]) ->
     if isinstance(observations, dict):
         return {key: function(tensor) for key, tensor in observations.items()}
     return function(observations)
+
+
+def select(observations: Any, index: int | slice) -> Any:
+    """Index a tensor, or each tensor of a dict."""
+    return map_observations(observations, lambda tensor: tensor[index])
 
 
 def cat_observations(observations: list[Any]) -> Any:

@@ -18,7 +18,7 @@ from sb3_pgplus.guards import without_distribution_checks
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.optimizers import drop_gradients
 from sb3_pgplus.sampling import Draw, noise_of, sample
-from sb3_pgplus.tracing import Tensors, UntraceableError, check_methods, check_policy, compile_function, fingerprint
+from sb3_pgplus.tracing import Tensors, UntraceableError, check_policy, compile_function, fingerprint, foreign_method
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -40,6 +40,8 @@ COSTS = {
 _MARGIN = 1.5
 #: After this many different versions of a unit something keeps changing, and compiling again and again is a loss.
 _MAX_VERSIONS = 4
+#: States of the modules that are remembered.
+_MAX_KNOWN = 8
 #: A compiled gradient is compared with the eager one at calls 1, 2, 4, …, and then every so many.
 _CHECK_EVERY = 4096
 _TOLERANCE = 1e-3
@@ -94,6 +96,15 @@ class _Compiled:
         return is_power_of_two if self.n_calls < _CHECK_EVERY else self.n_calls % _CHECK_EVERY == 0
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Modules in one state: what a trace of them bakes in, their tensors, and why they cannot be traced."""
+
+    plain: tuple[Any, ...]
+    tensors: Tensors
+    refusal: str | None
+
+
 @dataclass
 class Engine:
     """
@@ -110,6 +121,7 @@ class Engine:
     #: Unit → why it runs eagerly.
     _reasons: dict[str, str] = field(default_factory=dict)
     _refused: dict[tuple[str, Hashable], str] = field(default_factory=dict)
+    _known: dict[Hashable, "_Known"] = field(default_factory=dict)
 
     def plan(self, calls: Mapping[str, int]) -> None:
         """
@@ -174,13 +186,26 @@ class Engine:
         """
         if unit not in self._wanted:
             return eager
-        try:
-            check_policy(problem.owner.policy)
-            check_methods(problem.owner, problem.methods, PACKAGE)
-        except UntraceableError as error:
-            self._reasons[unit] = str(error)
+        known = self._inspect(problem.modules)
+        reason = known.refusal or foreign_method(problem.owner, problem.methods, PACKAGE)
+        if reason is not None:
+            self._reasons[unit] = reason
             return eager
-        return _GradientFunction(self, unit, problem, eager)
+        return _GradientFunction(self, unit, problem, known, eager)
+
+    def _inspect(self, modules: dict[str, nn.Module]) -> "_Known":
+        """What is known about some modules, the policy among them, in the state in which they are now."""
+        fingerprints = fingerprint(modules.values())
+        if fingerprints not in self._known:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            refusal = None
+            try:
+                check_policy(modules["policy"])
+            except UntraceableError as error:
+                refusal = str(error)
+            self._known[fingerprints] = _Known(fingerprints[0], Tensors(modules), refusal)
+        return self._known[fingerprints]
 
     def version(self, unit: str, key: Hashable, build: Callable[[], _Compiled]) -> _Compiled | None:
         """
@@ -243,16 +268,14 @@ class Engine:
         unit = "policy step"
         if unit not in self._wanted:
             return policy  # type: ignore[no-any-return]  # a module, called like a function
-        flat, tensors = _flat(observations), Tensors({"policy": policy})
-        try:
-            check_policy(policy)
-        except UntraceableError as error:
-            self._reasons[unit] = str(error)
+        known, flat = self._inspect({"policy": policy}), _flat(observations)
+        if known.refusal is not None:
+            self._reasons[unit] = known.refusal
             return policy  # type: ignore[no-any-return]  # a module, called like a function
-        key = (fingerprint([policy]), _shapes(flat))
         draws = noise_of(policy.action_space, len(flat[0]), flat[0].device)
-        found = self.version(unit, key, lambda: _compile_policy_step(policy, tensors, observations, draws))
-        return policy if found is None else _PolicyStep(found, tensors.values, draws)
+        key = (known.plain, _shapes(flat))
+        found = self.version(unit, key, lambda: _compile_policy_step(policy, known.tensors, observations, draws))
+        return policy if found is None else _PolicyStep(found, known.tensors.values, draws)
 
 
 class _PolicyStep:
@@ -296,17 +319,17 @@ class _GradientFunction:
     It is made anew for every update, so that hyperparameters, parameters and modes are today's.
     """
 
-    def __init__(self, engine: Engine, unit: str, problem: GradientProblem, eager: Callable[[Any], Gradient]) -> None:
-        self._engine, self._unit, self._problem, self._eager = engine, unit, problem, eager
-        self._tensors = Tensors(problem.modules)
-        self._values = self._tensors.values
+    def __init__(
+        self, engine: Engine, unit: str, problem: GradientProblem, known: _Known, eager: Callable[[Any], Gradient]
+    ) -> None:
+        self._engine, self._unit, self._problem, self._known, self._eager = engine, unit, problem, known, eager
+        self._values = known.tensors.values
         self._trained = problem.trained
         hp = problem.hp
         self._scheduled = [name for name in hp.scheduled_names() if isinstance(getattr(hp, name), float)]
         # Double precision, so that they act as Python's numbers do.
         self._scalars = [th.tensor(getattr(hp, name), dtype=th.float64) for name in self._scheduled]
         self._constants = tuple(value for name, value in hp.__dict__.items() if name not in self._scheduled)
-        self._prints = fingerprint(problem.modules.values())
         self._found: _Compiled | None = None
         self._looked_up = False
 
@@ -315,8 +338,9 @@ class _GradientFunction:
             return self._eager(batch)
         flat = _flat_batch(batch)
         if not self._looked_up:
-            trained = tuple(id(p) in {id(q) for q in self._trained} for p in self._values)
-            self._key = (self._problem.variant, self._constants, self._prints, _shapes(flat), trained)
+            trained_ids = {id(parameter) for parameter in self._trained}
+            trained = tuple([id(tensor) in trained_ids for tensor in self._values])
+            self._key = (self._problem.variant, self._constants, self._known.plain, _shapes(flat), trained)
             self._found = self._engine.version(self._unit, self._key, lambda: self._compile(batch, flat))
             self._looked_up = True
         if self._found is None:
@@ -364,7 +388,7 @@ class _GradientFunction:
             scheduled = dict(zip(self._scheduled, rest[n_batch:], strict=True))
             hp = _with_tensors(problem.hp, scheduled)
             samples = _unflat_batch(batch, rest[:n_batch])
-            loss, diagnostics = self._tensors.replaced(tensors, problem.loss, samples, hp)
+            loss, diagnostics = self._known.tensors.replaced(tensors, problem.loss, samples, hp)
             wanted = [tensors[order[id(parameter)]] for parameter in self._trained]
             gradients = th.autograd.grad(loss, wanted, allow_unused=True)
             compiled.names = list(diagnostics)

@@ -1,6 +1,5 @@
 """What watches for NaN and infinity, at the two places where they enter: the environment and the update."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,23 +33,17 @@ def check_finite_step(observations: Any, rewards: np.ndarray[Any, Any] | None, s
 
 def _check_array(what: str, array: Any, step: int, first_env: int) -> None:
     array = np.asarray(array)
-    if array.dtype.kind != "f":
-        return
-    # The sum of squares is the cheapest test that sees every element; the exact one follows only where it fails,
-    # also because squares of large finite values overflow.
-    flat = array.reshape(-1)
-    if math.isfinite(np.dot(flat, flat)):
+    if array.dtype.kind != "f" or np.isfinite(array).all():
         return
     bad = np.argwhere(~np.isfinite(array))
-    if len(bad):
-        first = tuple(int(i) for i in bad[0])
-        env = f"environment {first_env + first[0]}" if array.ndim else "the environment"
-        entry = f" at index {list(first[1:])}" if len(first) > 1 else ""
-        raise NonFiniteEnvironmentError(
-            f"{env} returned the {what} {array[first]}{entry} at its step {step} of this training "
-            f"({len(bad)} such value(s) in that step). Look for a division by zero, a diverging simulation or an "
-            "unbounded reward; stable_baselines3.common.vec_env.VecCheckNan finds the action that led there."
-        )
+    first = tuple(int(i) for i in bad[0])
+    env = f"environment {first_env + first[0]}" if array.ndim else "the environment"
+    entry = f" at index {list(first[1:])}" if len(first) > 1 else ""
+    raise NonFiniteEnvironmentError(
+        f"{env} returned the {what} {array[first]}{entry} at its step {step} of this training "
+        f"({len(bad)} such value(s) in that step). Look for a division by zero, a diverging simulation or an "
+        "unbounded reward; stable_baselines3.common.vec_env.VecCheckNan finds the action that led there."
+    )
 
 
 def likely_cause(advantages: th.Tensor, returns: th.Tensor, loss: th.Tensor, policy: nn.Module) -> str:

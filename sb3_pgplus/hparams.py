@@ -9,7 +9,7 @@ numbers; the constructor, ``load`` and every ``train()`` go through it.
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -198,7 +198,7 @@ class PolicyGradientHparams:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Names of all hyperparameters."""
-        return tuple(f.name for f in fields(cls))
+        return tuple(_specs(cls))
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -235,6 +235,17 @@ class PolicyGradientHparams:
         :raises ValueError: on a value, or a combination, that is not allowed
         """
         return cls(**{name: spec.check(name, values[name], progress_remaining) for name, spec in _specs(cls).items()})
+
+    def later(self, values: Mapping[str, Any], progress_remaining: float) -> Self:
+        """
+        The same settings at another time: what :meth:`resolve` returns for unchanged values, schedules evaluated anew.
+
+        :param values: those that ``self`` was resolved from
+        :param progress_remaining: 1 at the start of training, 0 at its end
+        """
+        specs = _specs(type(self))
+        moved = {n: specs[n].check(n, values[n], progress_remaining) for n in self.scheduled_names()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,8 +386,14 @@ class TRPOHparams(MinibatchHparams):
     )
 
 
+#: Class → its declarations: they are asked for at every update.
+_SPECS: dict[type[PolicyGradientHparams], dict[str, Spec]] = {}
+
+
 def _specs(cls: type[PolicyGradientHparams]) -> dict[str, Spec]:
-    return {f.name: _spec_of(f) for f in fields(cls)}
+    if cls not in _SPECS:
+        _SPECS[cls] = {f.name: _spec_of(f) for f in fields(cls)}
+    return _SPECS[cls]
 
 
 def _spec_of(declared: "Field[Any]") -> Spec:

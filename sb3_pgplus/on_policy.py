@@ -5,6 +5,7 @@ The algorithms only add their update.
 
 import inspect
 import math
+import operator
 import time
 from numbers import Real
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
@@ -22,10 +23,10 @@ from stable_baselines3.common.policies import (
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
+from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_pgplus.buffers import RolloutEnd
+from sb3_pgplus.buffers import RolloutEnd, TorchRolloutBuffer, map_observations
 from sb3_pgplus.building import ModelBuilding, normalized_outside
 from sb3_pgplus.construction import PLUMBING, bind, signature_of
 from sb3_pgplus.engine import Engine
@@ -39,6 +40,7 @@ from sb3_pgplus.rollouts import RolloutProcessing
 from sb3_pgplus.schedules import as_schedule, describe_schedule, is_constant
 from sb3_pgplus.updates import GradientUpdates
 from sb3_pgplus.vec_env.make import make_vec_env
+from sb3_pgplus.vec_env.tensors import TensorVecEnv
 
 H = TypeVar("H", bound=PolicyGradientHparams)
 
@@ -102,6 +104,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         self._normalizes_observations: bool | None = None
         self._normalizes_rewards: bool | None = None
         self._observations_merged = True
+        self._device_infos = []
         self._carried_returns: list[float] = []
         self._rollout_started_at = 0
         self._kl_lr_scale = 1.0
@@ -109,6 +112,8 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         self._nonfinite_updates = 0
         self._nonfinite_in_a_row = 0
         self._warned_short_learns = False
+        #: Values, progress and result of the last `hyperparameters_at`: most of them never change.
+        self._resolved: tuple[list[Any], float, H] | None = None
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
@@ -147,7 +152,16 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         :raises TypeError: on a value of the wrong type
         :raises ValueError: on a value that is not allowed
         """
-        return self.hparams_class.resolve(self.__dict__, progress_remaining)
+        names = self.hparams_class.names()
+        values = [self.__dict__[name] for name in names]
+        if self._resolved is None or any(map(operator.is_not, values, self._resolved[0])):
+            found = self.hparams_class.resolve(self.__dict__, progress_remaining)
+        elif progress_remaining == self._resolved[1]:
+            return self._resolved[2]
+        else:
+            found = self._resolved[2].later(self.__dict__, progress_remaining)
+        self._resolved = (values, progress_remaining, found)
+        return found
 
     def hyperparameters(self) -> dict[str, Any]:
         """Name → value of every hyperparameter as it is set now, fit for a YAML file (schedules as strings)."""
@@ -290,37 +304,38 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         self._merge_observations(rollout_buffer)  # those of the last rollout, now that its update is over
         rollout_buffer.reset()
         self._rollout_end = RolloutEnd()
+        self._device_infos = []
         self._rollout_started_at = self.num_timesteps
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
+        on_device = self._trains_on_tensors_of(env)
         with th.no_grad():
-            first = obs_as_tensor(self._last_obs, self.device)
-            policy_step = self._engine.policy_step(self.policy, first)
+            policy_step = self._engine.policy_step(self.policy, self._observation_tensor())
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
             with th.no_grad():
-                obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # SB3 types it None
+                obs_tensor = self._observation_tensor()
                 actions, values, log_probs = policy_step(obs_tensor)
-            actions = actions.cpu().numpy()
+            if not on_device:
+                actions = actions.cpu().numpy()
             clipped_actions = self._environment_actions(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
-            check_finite_step(new_obs, rewards, self.num_timesteps // env.num_envs)
+            if not on_device:
+                check_finite_step(new_obs, rewards, self.num_timesteps // env.num_envs)
 
             # Callbacks read these local variables under SB3's names.
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
 
-            if dones.any():  # only an episode's end brings statistics or a final observation
-                self._update_info_buffer(infos, dones)
-                self._keep_final_observations(n_steps, dones, infos)
+            self._keep_episode_ends(n_steps, dones, infos)
             n_steps += 1
             self._store(rollout_buffer, actions, rewards, values, log_probs)
-            self._last_obs = new_obs  # type: ignore[assignment]
+            self._last_obs = new_obs  # type: ignore[assignment]  # SB3 leaves out tuples, which no policy takes
             self._last_episode_starts = dones
 
         self._finish_rollout(rollout_buffer, self.hyperparameters_at(self._current_progress_remaining))
@@ -329,15 +344,27 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         callback.on_rollout_end()
         return True
 
-    def _environment_actions(self, actions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """What the environment gets for what the policy sampled."""
+    def _observation_tensor(self) -> Any:
+        """The last observations on the training device."""
+        return map_observations(self._last_obs, lambda x: th.as_tensor(x, device=self.device))
+
+    def _trains_on_tensors_of(self, env: VecEnv) -> bool:
+        """Whether the environments take and give tensors of the training device."""
+        if not isinstance(env, TensorVecEnv) or self.policy.squash_output:
+            return False
+        return env.device.type == th.device(self.device).type and isinstance(self.rollout_buffer, TorchRolloutBuffer)
+
+    def _environment_actions(self, actions: Any) -> Any:
+        """What the environment gets for what the policy sampled, an array or a tensor."""
         if not isinstance(self.action_space, spaces.Box):
             return actions
         if self.policy.squash_output:
             return self.policy.unscale_action(actions)
+        low, high = self.action_space.low, self.action_space.high
+        if isinstance(actions, th.Tensor):
+            return actions.clamp(*(th.as_tensor(bound, device=actions.device) for bound in (low, high)))
         # The two halves of np.clip: without its Python wrapper they take a third of the time.
-        clipped: np.ndarray[Any, Any] = np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
-        return clipped
+        return np.minimum(np.maximum(actions, low), high)
 
     def _policy_actions(self, actions: th.Tensor) -> th.Tensor:
         """What ``evaluate_actions`` takes for what a buffer stores."""
@@ -346,8 +373,8 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
     def _store(
         self,
         buffer: RolloutBuffer,
-        actions: np.ndarray[Any, Any],
-        rewards: np.ndarray[Any, Any],
+        actions: Any,
+        rewards: Any,
         values: th.Tensor,
         log_probs: th.Tensor,
     ) -> None:

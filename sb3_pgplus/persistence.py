@@ -60,6 +60,8 @@ class Persistence(_Base):
             "_observations_merged",
             "_lr_schedule_source",
             "_warned_short_learns",
+            "_resolved",
+            "_device_infos",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -7,7 +7,6 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
-from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
 from sb3_pgplus.buffers import (
@@ -15,6 +14,7 @@ from sb3_pgplus.buffers import (
     TorchRolloutBuffer,
     cat_observations,
     map_observations,
+    select,
     split_observations,
 )
 from sb3_pgplus.core.advantages import (
@@ -29,6 +29,7 @@ from sb3_pgplus.errors import HyperparameterError
 from sb3_pgplus.guards import check_finite_step
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.policies import RunningMoments, observation_normalizer
+from sb3_pgplus.vec_env.tensors import TensorInfos, episodes_of
 
 if TYPE_CHECKING:  # a mix-in of one class: let the type checker see what it is mixed into
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm as _Base
@@ -55,6 +56,16 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
+def stored_field(buffer: RolloutBuffer, name: str) -> Any:
+    """
+    What a buffer stores: the tensor on its device in ours, the NumPy array in SB3's.
+
+    :param buffer: either
+    :param name: of the field
+    """
+    return buffer.tensor(name) if isinstance(buffer, TorchRolloutBuffer) else getattr(buffer, name)
+
+
 class RolloutProcessing(_Base):
     """The part of the base class that turns a collected rollout into advantages and targets."""
 
@@ -67,9 +78,41 @@ class RolloutProcessing(_Base):
     _carried_returns: list[float]
     _rollout_end: RolloutEnd
     _observations_merged: bool
+    _device_infos: list[TensorInfos]
 
     def _policy_actions(self, actions: th.Tensor) -> th.Tensor:
         raise NotImplementedError
+
+    def _keep_episode_ends(self, step: int, dones: Any, infos: Any) -> None:
+        """Remember the statistics and the final observations of the episodes that ended in a step."""
+        if isinstance(infos, TensorInfos):  # on the device, where looking would wait for it
+            self._device_infos.append(infos)
+            if self.bootstrap_truncated:
+                self._rollout_end.device_truncations.append(infos.truncated)
+                self._rollout_end.device_observations.append(infos.final_observations)
+        elif dones.any():  # only an episode's end brings either
+            self._update_info_buffer(infos, dones)
+            self._keep_final_observations(step, dones, infos)
+
+    def _read_device(self, buffer: RolloutBuffer) -> None:
+        """What environments on the device brought in a rollout, read at its end: episodes, cuts, NaN and infinity."""
+        if not self._device_infos:
+            return
+        assert isinstance(buffer, TorchRolloutBuffer)
+        assert self.ep_info_buffer is not None
+        self.ep_info_buffer.extend(episodes_of(self._device_infos)[1])
+        self._device_infos = []
+        self._rollout_end.read_device()
+        observations = buffer.tensor("observations")
+        arrays = [*(observations.values() if isinstance(observations, dict) else [observations])]
+        if not bool(th.stack([x.isfinite().all() for x in (*arrays, buffer.tensor("rewards"))]).all()):
+            self._name_nonfinite_step(buffer)
+
+    def _name_nonfinite_step(self, buffer: TorchRolloutBuffer) -> None:
+        first_step = self.num_timesteps // self.n_envs - buffer.buffer_size
+        for step in range(buffer.buffer_size):
+            check_finite_step(select(buffer.observations, step), None, first_step + step)
+            check_finite_step(np.zeros(0), buffer.rewards[step], first_step + step + 1)
 
     def _keep_final_observations(self, step: int, dones: np.ndarray[Any, Any], infos: list[dict[str, Any]]) -> None:
         """Remember where a time limit cut an episode, and the observation V(s_T) will be taken of."""
@@ -85,7 +128,10 @@ class RolloutProcessing(_Base):
 
     def _finish_rollout(self, buffer: RolloutBuffer, hp: PolicyGradientHparams) -> None:
         """Everything between the last step of a rollout and ``on_rollout_end``."""
-        self._rollout_end.last_observations = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # set by now
+        self._read_device(buffer)
+        self._rollout_end.last_observations = map_observations(
+            self._last_obs, lambda x: th.as_tensor(x, device=self.device)
+        )
         self._rollout_end.last_dones = self._last_episode_starts
         # Rollout 1 was collected on raw observations. It is merged first and evaluated again, so that its update sees
         # normalised ones; later rollouts are merged when the next one begins, so that statistics are constant from a
@@ -121,20 +167,27 @@ class RolloutProcessing(_Base):
         def flat(array: Any, shape: tuple[int, ...]) -> th.Tensor:
             return th.as_tensor(array, device=self.device).reshape(-1, *shape)
 
+        stored = stored_field(buffer, "observations")
         if isinstance(buffer.obs_shape, dict):
-            return {key: flat(buffer.observations[key], shape) for key, shape in buffer.obs_shape.items()}
-        return flat(buffer.observations, buffer.obs_shape)
+            return {key: flat(stored[key], shape) for key, shape in buffer.obs_shape.items()}
+        return flat(stored, buffer.obs_shape)
 
     def _merge_rewards(self, buffer: RolloutBuffer, hp: PolicyGradientHparams) -> None:
         """Add the rollout's discounted returns to the running statistics that scale rewards."""
         if not self._normalizes_rewards:
             return
-        rewards = th.as_tensor(buffer.rewards, dtype=th.float64)
-        starts = th.as_tensor(buffer.episode_starts, dtype=th.float64)
-        dones = th.cat([starts[1:], th.as_tensor(self._rollout_end.last_dones, dtype=th.float64)[None]])
-        carried = th.as_tensor(self._carried_returns, dtype=th.float64)
+        rewards, starts, last, carried = (
+            th.as_tensor(values, dtype=th.float64, device=self.device)
+            for values in (
+                stored_field(buffer, "rewards"),
+                stored_field(buffer, "episode_starts"),
+                self._rollout_end.last_dones,
+                self._carried_returns,
+            )
+        )
+        dones = th.cat([starts[1:], last[None]])
         returns = discounted_returns(rewards, dones, carried, gamma=hp.gamma)
-        self.reward_normalizer.merge(returns.flatten().to(self.device))
+        self.reward_normalizer.merge(returns.flatten())
         self._carried_returns = (returns[-1] * (1 - dones[-1])).tolist()
 
     def _scaled_rewards(self, rewards: th.Tensor, hp: PolicyGradientHparams) -> th.Tensor:

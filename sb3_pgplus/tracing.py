@@ -38,7 +38,7 @@ _DISTRIBUTIONS = {
     BernoulliDistribution,
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PLAIN = (bool, int, float, str, tuple, type(None))
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 class UntraceableError(Exception):
@@ -77,35 +77,57 @@ def _check_unwatched(name: str, module: nn.Module) -> None:
             raise UntraceableError(f"a parameter of {name} has hooks")
 
 
-def check_methods(owner: object, names: Iterable[str], package: str) -> None:
+def foreign_method(owner: object, names: Iterable[str], package: str) -> str | None:
     """
-    Refuse methods that are not the package's own: what they read besides tensors is unknown.
+    Look for methods that are not the package's own: what they read besides tensors is unknown.
 
     :param owner: the algorithm
     :param names: methods that a trace runs through
     :param package: name of the package
-    :raises UntraceableError: naming the first foreign method
+    :return: a sentence that names the first foreign method, or None
     """
     for name in names:
         method = owner.__dict__.get(name) or getattr(type(owner), name, None)
         home = getattr(method, "__module__", "") or ""
         if method is not None and home.partition(".")[0] != package:
-            raise UntraceableError(f"{type(owner).__name__}.{name} is overridden")
+            return f"{type(owner).__name__}.{name} is overridden"
+    return None
 
 
-def fingerprint(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
+def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """
-    Everything plain that a trace of these modules bakes in: types, modes, numbers, what is frozen, where it lies.
+    What a trace of these modules depends on besides the values of their tensors. It is taken before every update, so
+    it is written for speed.
 
     :param modules: the traced modules
+    :return: everything plain that the trace bakes in (types, modes, numbers, what is frozen, shapes, devices), and the
+        identities of the tensors
     """
-    parts: list[Any] = []
-    for root in modules:
-        for module in root.modules():
-            parts.append(type(module))
-            parts += [value for value in module.__dict__.values() if type(value) in _PLAIN]
-        parts += [(p.requires_grad, p.shape, p.dtype, p.device) for p in root.parameters()]
-    return tuple(parts)
+    plain: list[Any] = []
+    identities: list[int] = []
+    seen: set[int] = set()
+    stack = list(modules)
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        attributes = module.__dict__
+        # Their number, because a method may be replaced by an attribute.
+        plain += (type(module), len(attributes), any([attributes[hooks] for hooks in _HOOKS]))
+        plain += [value for value in attributes.values() if type(value) in _PLAIN]
+        for tensor in (*attributes["_parameters"].values(), *attributes["_buffers"].values()):
+            if tensor is not None:
+                plain += (
+                    tensor.requires_grad,
+                    tensor.shape,
+                    tensor.dtype,
+                    tensor.device,
+                    tensor._backward_hooks is None,
+                )
+                identities.append(id(tensor))
+        stack += [child for child in attributes["_modules"].values() if child is not None]
+    return tuple(plain), tuple(identities)
 
 
 class _Parts(nn.Module):
@@ -130,12 +152,10 @@ class Tensors:
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._parts = _Parts(modules)
-        self.named: dict[str, th.Tensor] = {**dict(self._parts.named_parameters()), **dict(self._parts.named_buffers())}
-
-    @property
-    def values(self) -> list[th.Tensor]:
-        """The tensors themselves."""
-        return list(self.named.values())
+        named: dict[str, th.Tensor] = {**dict(self._parts.named_parameters()), **dict(self._parts.named_buffers())}
+        self._names = list(named)
+        #: The tensors themselves.
+        self.values = list(named.values())
 
     def replaced(self, values: Sequence[th.Tensor], function: Callable[..., Any], *args: Any) -> Any:
         """
@@ -143,7 +163,7 @@ class Tensors:
 
         :param values: in the order of :attr:`values`
         """
-        replacement = dict(zip(self.named, values, strict=True))
+        replacement = dict(zip(self._names, values, strict=True))
         return th.func.functional_call(self._parts, replacement, (function, *args))
 
 

@@ -396,15 +396,15 @@ def test_a_captured_tensor_is_refused() -> None:
 
 def test_a_fingerprint_sees_modes_numbers_and_types() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(0.1))
-    seen = {fingerprint([net])}
+    seen = {fingerprint([net])[0]}
     net.eval()
-    seen.add(fingerprint([net]))
+    seen.add(fingerprint([net])[0])
     net[1].negative_slope = 0.2
-    seen.add(fingerprint([net]))
+    seen.add(fingerprint([net])[0])
     net[1] = nn.Tanh().eval()
-    seen.add(fingerprint([net]))
+    seen.add(fingerprint([net])[0])
     net[0].bias.requires_grad_(False)
-    seen.add(fingerprint([net]))
+    seen.add(fingerprint([net])[0])
     assert len(seen) == 5
 
 

@@ -64,6 +64,38 @@ def adam_calls(monkeypatch: pytest.MonkeyPatch) -> list[th.optim.Optimizer]:
     return calls
 
 
+def test_a_plain_rmsprop_steps_with_the_bits_of_torchs_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = th.optim.RMSprop(parameters(), lr=1e-2, alpha=0.9, eps=1e-5)
+    for i, without in enumerate([(), (), (1,), (), (0, 2, 3), (0, 1, 2, 3), ()]):
+        set_gradients(ours, i, without)
+        reference = copy.deepcopy(ours)
+        set_gradients(reference, i, without)
+        reference.step()
+        with monkeypatch.context() as patch:
+            if i > 0:  # the first step makes the state
+                patch.delattr(th.optim.RMSprop, "step")
+            step(ours)
+        assert_same(ours, reference)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"momentum": 0.9}, {"centered": True}, {"weight_decay": 0.1}, {"maximize": True}, {"foreach": False}]
+)
+def test_other_rmsprops_step_by_the_method(settings: dict[str, Any]) -> None:
+    ours = th.optim.RMSprop(parameters(), lr=1e-2, **settings)
+    calls: list[int] = []
+    for i in range(3):
+        set_gradients(ours, i)
+        reference = copy.deepcopy(ours)
+        set_gradients(reference, i)
+        reference.step()
+        ours.step = lambda: calls.append(1) or type(ours).step(ours)  # type: ignore[method-assign,func-returns-value]  # to see the call
+        step(ours)
+        del ours.step
+        assert_same(ours, reference)
+    assert len(calls) == 3
+
+
 # --- fuse -------------------------------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ OPTIONAL_PACKAGE_OWNERS = {
 }
 #: These cost seconds or need an extra, so they have to wait until they are used.
 HEAVY = ("wandb", "optuna", "rl_zoo3", "matplotlib", "torch._inductor", "mujoco", "envpool")
-HEAVY += tuple(f"sb3_pgplus.vec_env.{name}" for name in ("envpool", "gymnasium_adapter", "mujoco", "workers"))
+HEAVY += tuple(f"sb3_pgplus.vec_env.{name}" for name in ("envpool", "gymnasium_adapter", "jax_adapter", "mujoco", "workers"))
 
 
 class Import(NamedTuple):

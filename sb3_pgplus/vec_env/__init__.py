@@ -8,16 +8,29 @@ from sb3_pgplus.vec_env.make import backend_of, make_vec_env
 if TYPE_CHECKING:
     from sb3_pgplus.vec_env.envpool import EnvpoolVecEnv
     from sb3_pgplus.vec_env.gymnasium_adapter import GymnasiumVecEnv
+    from sb3_pgplus.vec_env.jax_adapter import JaxVecEnv
     from sb3_pgplus.vec_env.mujoco import MujocoVecEnv
+    from sb3_pgplus.vec_env.tensors import TensorVecEnv
     from sb3_pgplus.vec_env.workers import WorkersVecEnv
 
-__all__ = ["EnvpoolVecEnv", "GymnasiumVecEnv", "MujocoVecEnv", "WorkersVecEnv", "backend_of", "make_vec_env"]
+__all__ = [
+    "EnvpoolVecEnv",
+    "GymnasiumVecEnv",
+    "JaxVecEnv",
+    "MujocoVecEnv",
+    "TensorVecEnv",
+    "WorkersVecEnv",
+    "backend_of",
+    "make_vec_env",
+]
 
 #: Imported when they are asked for: not everybody needs them, or has what they need.
 _MODULES = {
     "EnvpoolVecEnv": "envpool",
     "GymnasiumVecEnv": "gymnasium_adapter",
+    "JaxVecEnv": "jax_adapter",
     "MujocoVecEnv": "mujoco",
+    "TensorVecEnv": "tensors",
     "WorkersVecEnv": "workers",
 }
 

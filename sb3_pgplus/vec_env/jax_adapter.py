@@ -1,0 +1,109 @@
+"""Environments written in JAX, compiled as one program over N copies, whose arrays become tensors without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch as th
+from torch.utils.dlpack import from_dlpack
+
+from sb3_pgplus.vec_env.tensors import TensorStep, TensorVecEnv
+
+if TYPE_CHECKING:
+    from gymnasium.experimental.functional import FuncEnv
+
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError as error:
+    raise ImportError('JAX environments need JAX: pip install "sb3_pgplus[jax]"') from error
+
+
+class JaxVecEnv(TensorVecEnv):
+    """
+    N copies of a Gymnasium ``FuncEnv`` (``gymnasium.envs.phys2d``, or your own), stepped and reset by one compiled
+    function.
+
+    :param func_env: states are JAX arrays or trees of them; its functions are written for one environment
+    :param num_envs: N
+    :param max_episode_steps: time limit; None: none
+    :param device: where the tensors are; JAX's own default device has to be the same
+    :param seed: of all copies together
+    :raises ValueError: on numbers below 1
+    """
+
+    backend = "jax"
+
+    def __init__(
+        self,
+        func_env: FuncEnv[Any, Any, Any, Any, Any, Any, Any],
+        num_envs: int,
+        max_episode_steps: int | None = None,
+        device: th.device | str = "cpu",
+        seed: int | None = None,
+    ) -> None:
+        for name, number in {"num_envs": num_envs, "max_episode_steps": max_episode_steps}.items():
+            if number is not None and number < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {number}")
+        super().__init__(num_envs, func_env.observation_space, func_env.action_space, device)
+        self.func_env = func_env
+        self._key = jax.random.key(0 if seed is None else seed)
+        self._reset: Callable[..., Any] = jax.jit(partial(_reset, func_env, num_envs))
+        self._step: Callable[..., Any] = jax.jit(partial(_step, func_env, num_envs, max_episode_steps))
+
+    def reset_tensors(self, seed: int | None) -> Any:
+        """
+        :param seed: None: go on with the random numbers there are
+        :return: observations ``[N, ...]``
+        """
+        if seed is not None:
+            self._key = jax.random.key(seed)
+        self._key, self._state, observations = self._reset(self._key)
+        self._ages = jnp.zeros(self.num_envs, dtype=jnp.int32)
+        return _to_torch(observations)
+
+    def step_tensors(self, actions: th.Tensor) -> TensorStep:
+        """:param actions: ``[N, ...]``"""
+        actions = jnp.from_dlpack(actions.detach().contiguous())
+        self._key, self._state, self._ages, results = self._step(self._key, self._state, self._ages, actions)
+        return TensorStep(*map(_to_torch, results))
+
+
+def _reset(func_env: Any, num_envs: int, key: Any) -> tuple[Any, Any, Any]:
+    key, *keys = jax.random.split(key, 3)
+    state = jax.vmap(func_env.initial)(jax.random.split(keys[0], num_envs))
+    return key, state, jax.vmap(func_env.observation)(state, jax.random.split(keys[1], num_envs))
+
+
+def _step(
+    func_env: Any, num_envs: int, max_episode_steps: int | None, key: Any, state: Any, ages: Any, actions: Any
+) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+    """One step of all copies; copies that ended begin anew."""
+    key, step_key, reset_key = jax.random.split(key, 3)
+    keys = jax.random.split(step_key, num_envs)
+    after = jax.vmap(func_env.transition)(state, actions, keys)
+    rewards = jax.vmap(func_env.reward)(state, actions, after, keys)
+    terminated = jax.vmap(func_env.terminal)(after, keys) | jnp.zeros(num_envs, dtype=bool)
+    final = jax.vmap(func_env.observation)(after, keys)
+    ages = ages + 1
+    truncated = ages >= max_episode_steps if max_episode_steps else jnp.zeros(num_envs, dtype=bool)
+    dones = terminated | truncated
+    _, fresh, first = _reset(func_env, num_envs, reset_key)
+    state, observations = _where(dones, fresh, after), _where(dones, first, final)
+    return key, state, jnp.where(dones, 0, ages), (observations, rewards, terminated, truncated, final)
+
+
+def _where(dones: Any, new: Any, old: Any) -> Any:
+    """Leaf by leaf, copy by copy: the new state where an episode ended."""
+
+    def choose(x: Any, y: Any) -> Any:
+        return jnp.where(dones.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _to_torch(array: Any) -> Any:
+    """JAX's arrays never change, so sharing their memory is safe as long as nobody writes to the tensor."""
+    return {key: _to_torch(x) for key, x in array.items()} if isinstance(array, dict) else from_dlpack(array)
