@@ -8,13 +8,14 @@ step stays torch's own. Anything that cannot be compiled safely runs eagerly, an
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch as th
 from torch import nn
 
 from sb3_pgplus.errors import warn_user
-from sb3_pgplus.guards import without_distribution_checks
+from sb3_pgplus.guards import broken_policy, without_distribution_checks
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.optimizers import drop_gradients
 from sb3_pgplus.sampling import Draw, noise_of, sample
@@ -263,19 +264,29 @@ class Engine:
 
         :param policy: an actor-critic policy in evaluation mode
         :param observations: a batch like those to come, as tensors
-        :return: observations ↦ actions, values, log-probabilities; the policy itself where it is not compiled
+        :return: observations ↦ actions, values, log-probabilities
         """
-        unit = "policy step"
+        unit, eager = "policy step", partial(_eager_step, policy)
         if unit not in self._wanted:
-            return policy  # type: ignore[no-any-return]  # a module, called like a function
+            return eager
         known, flat = self._inspect({"policy": policy}), _flat(observations)
         if known.refusal is not None:
             self._reasons[unit] = known.refusal
-            return policy  # type: ignore[no-any-return]  # a module, called like a function
+            return eager
         draws = noise_of(policy.action_space, len(flat[0]), flat[0].device)
         key = (known.plain, _shapes(flat))
         found = self.version(unit, key, lambda: _compile_policy_step(policy, known.tensors, observations, draws))
-        return policy if found is None else _PolicyStep(found, known.tensors.values, draws)
+        return eager if found is None else _PolicyStep(found, known.tensors.values, draws)
+
+
+def _eager_step(policy: Any, observations: Any) -> Any:
+    with without_distribution_checks():  # NaN is found in the log-probabilities
+        try:
+            return policy(observations)
+        except RuntimeError as error:
+            if "inf, nan" in str(error):  # torch draws from no such probabilities
+                raise broken_policy(policy) from error
+            raise
 
 
 class _PolicyStep:

@@ -16,6 +16,10 @@ class NonFiniteEnvironmentError(ValueError):
     """An environment returned a NaN or infinite reward or observation."""
 
 
+class NonFinitePolicyError(ValueError):
+    """The policy's outputs are NaN or infinite during a rollout."""
+
+
 class NonFiniteUpdateError(ValueError):
     """Several updates in a row had a NaN or infinite loss or gradient. RL Zoo prunes a trial on ``ValueError``."""
 

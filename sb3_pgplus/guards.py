@@ -9,7 +9,7 @@ import torch as th
 from torch import nn
 from torch.distributions import Distribution
 
-from sb3_pgplus.errors import NonFiniteEnvironmentError
+from sb3_pgplus.errors import NonFiniteEnvironmentError, NonFinitePolicyError
 
 
 def check_finite_step(observations: Any, rewards: np.ndarray[Any, Any] | None, step: int, first_env: int = 0) -> None:
@@ -46,6 +46,33 @@ def _check_array(what: str, array: Any, step: int, first_env: int) -> None:
     )
 
 
+def check_finite_policy(log_probs: th.Tensor, policy: nn.Module) -> None:
+    """
+    Refuse to act on a policy that is broken: NaN in its outputs is NaN in the log-probabilities of its actions.
+
+    :param log_probs: of the sampled actions, any shape
+    :param policy: whose they are, to name the cause
+    :raises NonFinitePolicyError: naming the first parameter that is not finite
+    """
+    if not bool(log_probs.isfinite().all()):
+        raise broken_policy(policy)
+
+
+def broken_policy(policy: nn.Module) -> NonFinitePolicyError:
+    """
+    The error for a policy whose outputs are not finite.
+
+    :param policy: to name the cause
+    """
+    broken = _broken_parameter(policy)
+    cause = f"its parameters are not finite ({broken}): they were set or loaded so" if broken else "they overflow"
+    return NonFinitePolicyError(f"the policy's outputs are NaN or infinite in the rollout: {cause}.")
+
+
+def _broken_parameter(policy: nn.Module) -> str | None:
+    return next((name for name, p in policy.named_parameters() if not bool(p.detach().isfinite().all())), None)
+
+
 def likely_cause(advantages: th.Tensor, returns: th.Tensor, loss: th.Tensor, policy: nn.Module) -> str:
     """
     Name what most likely made a loss or gradient non-finite.
@@ -56,9 +83,9 @@ def likely_cause(advantages: th.Tensor, returns: th.Tensor, loss: th.Tensor, pol
     :param policy: the policy, whose parameters may be non-finite themselves
     :return: a sentence
     """
-    broken = [name for name, p in policy.named_parameters() if not bool(p.detach().isfinite().all())]
+    broken = _broken_parameter(policy)
     if broken:
-        return f"the policy's parameters are not finite themselves ({broken[0]}): they were set or loaded so"
+        return f"the policy's parameters are not finite themselves ({broken}): they were set or loaded so"
     if not bool(advantages.isfinite().all()) or not bool(returns.isfinite().all()):
         return "the advantages or returns are not finite: rewards or the critic's values are far too large"
     if not bool(loss.detach().isfinite().all()):

@@ -31,7 +31,7 @@ from sb3_pgplus.building import ModelBuilding, normalized_outside
 from sb3_pgplus.construction import PLUMBING, bind, signature_of
 from sb3_pgplus.engine import Engine
 from sb3_pgplus.errors import HyperparameterError, warn_user
-from sb3_pgplus.guards import check_finite_step, without_distribution_checks
+from sb3_pgplus.guards import check_finite_policy, check_finite_step, without_distribution_checks
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.persistence import Persistence
@@ -320,6 +320,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
                 obs_tensor = self._observation_tensor()
                 actions, values, log_probs = policy_step(obs_tensor)
             if not on_device:
+                check_finite_policy(log_probs, self.policy)
                 actions = actions.cpu().numpy()
             clipped_actions = self._environment_actions(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)

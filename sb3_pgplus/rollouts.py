@@ -26,7 +26,7 @@ from sb3_pgplus.core.advantages import (
     td_errors,
 )
 from sb3_pgplus.errors import HyperparameterError
-from sb3_pgplus.guards import check_finite_step
+from sb3_pgplus.guards import check_finite_policy, check_finite_step
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.policies import RunningMoments, observation_normalizer
 from sb3_pgplus.vec_env.tensors import TensorInfos, episodes_of
@@ -107,6 +107,8 @@ class RolloutProcessing(_Base):
         arrays = [*(observations.values() if isinstance(observations, dict) else [observations])]
         if not bool(th.stack([x.isfinite().all() for x in (*arrays, buffer.tensor("rewards"))]).all()):
             self._name_nonfinite_step(buffer)
+
+        check_finite_policy(buffer.tensor("log_probs"), self.policy)
 
     def _name_nonfinite_step(self, buffer: TorchRolloutBuffer) -> None:
         first_step = self.num_timesteps // self.n_envs - buffer.buffer_size

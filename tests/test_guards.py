@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.distributions import Distribution
 
 from sb3_pgplus import PPOPlus
+from sb3_pgplus.errors import NonFinitePolicyError
 from sb3_pgplus.guards import check_finite_step
 
 SMALL = {"n_steps": 8, "batch_size": 16, "n_epochs": 2, "device": "cpu", "seed": 0}
@@ -321,3 +322,13 @@ def test_the_count_travels_with_the_model(tmp_path):
     model._nonfinite_updates = 7
     model.save(tmp_path / "model")
     assert PPOPlus.load(tmp_path / "model", device="cpu")._nonfinite_updates == 7
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("env", ["Pendulum-v1", "CartPole-v1"])
+def test_a_policy_with_nan_parameters_does_not_act(env: str, compile: bool) -> None:
+    model = PPOPlus("MlpPolicy", env, **SMALL, compile=compile)
+    with th.no_grad():
+        model.policy.action_net.bias[0] = math.nan
+    with pytest.raises(NonFinitePolicyError, match=r"parameters are not finite \(action_net.bias\): they were set or"):
+        model.learn(100)
