@@ -8,7 +8,6 @@ from sb3_pgplus.vec_env.make import backend_of, make_vec_env
 if TYPE_CHECKING:
     from sb3_pgplus.vec_env.envpool import EnvpoolVecEnv
     from sb3_pgplus.vec_env.gymnasium_adapter import GymnasiumVecEnv
-    from sb3_pgplus.vec_env.jax_adapter import JaxVecEnv
     from sb3_pgplus.vec_env.mujoco import MujocoVecEnv
     from sb3_pgplus.vec_env.tensors import TensorVecEnv
     from sb3_pgplus.vec_env.workers import WorkersVecEnv
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 __all__ = [
     "EnvpoolVecEnv",
     "GymnasiumVecEnv",
-    "JaxVecEnv",
     "MujocoVecEnv",
     "TensorVecEnv",
     "WorkersVecEnv",
@@ -28,7 +26,7 @@ __all__ = [
 _MODULES = {
     "EnvpoolVecEnv": "envpool",
     "GymnasiumVecEnv": "gymnasium_adapter",
-    "JaxVecEnv": "jax_adapter",
+    "JaxVecEnv": "jax_adapter",  # not in __all__: without JAX it is an ImportError
     "MujocoVecEnv": "mujoco",
     "TensorVecEnv": "tensors",
     "WorkersVecEnv": "workers",
