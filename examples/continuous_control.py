@@ -13,11 +13,10 @@ screen. Needs the extras `mujoco` and `report`.
 import argparse
 from pathlib import Path
 
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecVideoRecorder
 
-from sb3_pgplus import PPOPlus
+from sb3_pgplus import PPOPlus, make_vec_env
 from sb3_pgplus.playing import prepare_offscreen_rendering
 
 

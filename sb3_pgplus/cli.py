@@ -43,6 +43,10 @@ PlayedEnv = Annotated[str | None, typer.Option("--env", help="Environment; by de
 PlayedAlgo = Annotated[str | None, typer.Option("--algo", help="Only for a .zip without its config.yml.")]
 PlaySeed = Annotated[int | None, typer.Option("--seed", help="Of the environment; by default a fixed one.")]
 Stochastic = Annotated[bool, typer.Option("--stochastic", help="Sample the actions instead of taking the mode.")]
+Backend = Annotated[
+    str | None,
+    typer.Option("--backend", help="Runs the environments: auto, dummy, subproc, workers, mujoco, gymnasium, envpool."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -67,6 +71,7 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Random seed; by default 0.", show_default=False)] = None,
     n_envs: Annotated[int | None, typer.Option("--n-envs", help="Environments side by side.")] = None,
+    backend: Backend = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Run folder; by default runs/ALGO/ENV/seedS, numbered on if taken.")
     ] = None,
@@ -97,6 +102,7 @@ def train(
             config=config,
             overrides=overrides or [],
             n_envs=n_envs,
+            backend=backend,
             n_timesteps=n_timesteps,
             seed=seed,
         )
@@ -125,11 +131,13 @@ def evaluate(
     stochastic: Stochastic = False,
     env: PlayedEnv = None,
     algo: PlayedAlgo = None,
+    backend: Backend = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
     """Play whole episodes and print the statistics of their returns."""
     with _errors_as_one_line(debug):
+        from sb3_pgplus.configs import known_backend
         from sb3_pgplus.playing import EVALUATION_SEED, load_run
         from sb3_pgplus.playing import evaluate as play
 
@@ -140,6 +148,7 @@ def evaluate(
             n_episodes=n_episodes,
             seed=EVALUATION_SEED if seed is None else seed,
             deterministic=not stochastic,
+            backend=loaded.backend if backend is None else known_backend(backend),
         )
         Console().print(_table(evaluation))
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sb3_pgplus.hparams import nearest
+from sb3_pgplus.vec_env.make import BACKENDS
 
 if TYPE_CHECKING:
     from sb3_pgplus.on_policy import PolicyGradientPlus
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 ALGORITHMS = {"ppoplus": "PPOPlus", "a2cplus": "A2CPlus", "trpoplus": "TRPOPlus"}
 """rl_zoo3 maps a class to its key by ``name.lower()``, hence no underscores."""
 
-RUN_KEYS = ("algo", "env", "seed", "n_envs", "n_timesteps", "policy")
+RUN_KEYS = ("algo", "env", "seed", "n_envs", "backend", "n_timesteps", "policy")
 ENVIRONMENT_KEYS = ("env_kwargs", "env_wrapper", "frame_stack")
 IGNORED_KEYS = ("made_with",)
 UNSUPPORTED_KEYS = ("callback", "monitor_kwargs", "vec_env_wrapper")
@@ -312,6 +313,7 @@ class RunSettings:
     environment: EnvironmentSpec
     seed: int
     n_envs: int
+    backend: str
     n_timesteps: int
     policy: str | None
     hyperparameters: dict[str, Any]
@@ -327,6 +329,7 @@ def resolve_settings(
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
     n_envs: int | None = None,
+    backend: str | None = None,
     n_timesteps: float | None = None,
     seed: int | None = None,
 ) -> RunSettings:
@@ -338,6 +341,7 @@ def resolve_settings(
     :param config: YAML file used in place of ``zoo_configs/<algo>.yml``; a run folder's ``config.yml`` repeats that run
     :param overrides: ``name=value`` strings
     :param n_envs: number of environments side by side
+    :param backend: what runs them, see :func:`sb3_pgplus.vec_env.make_vec_env`
     :param n_timesteps: total number of environment steps; ``1e6`` is fine
     :param seed: random seed
     :raises ConfigError: if a source cannot be read or says something impossible
@@ -349,7 +353,8 @@ def resolve_settings(
     if not isinstance(env, str):
         raise ConfigError("which environment? Give --env, for example --env CartPole-v1")
     block, source = _base_block(algo, env, content, config)
-    given = {"algo": algo, "env": env, "seed": seed, "n_envs": n_envs, "n_timesteps": n_timesteps}
+    given: dict[str, Any] = {"algo": algo, "env": env, "seed": seed, "n_envs": n_envs, "backend": backend}
+    given["n_timesteps"] = n_timesteps
     block |= {name: value for name, value in given.items() if value is not None}
     for text in overrides:
         path, value = parse_assignment(text)
@@ -386,11 +391,23 @@ def _settings_from(block: dict[str, Any], source: str) -> RunSettings:
         environment=EnvironmentSpec.from_settings(block),
         seed=whole_number("seed", block.get("seed", 0), minimum=0),
         n_envs=whole_number("n_envs", block.get("n_envs", default_n_envs(block["algo"]))),
+        backend=known_backend(block.get("backend", "auto")),
         n_timesteps=whole_number("n_timesteps", block.get("n_timesteps", DEFAULT_N_TIMESTEPS)),
         policy=policy,
         hyperparameters=normalization_switches(block.get("normalize")) | hyperparameters,
         source=source,
     )
+
+
+def known_backend(name: Any) -> str:
+    """
+    :param name: of what runs the environments
+    :raises ConfigError: if there is no such backend
+    """
+    known = ["auto", *BACKENDS]
+    if name not in known:
+        raise ConfigError(f"unknown backend {name!r}{nearest(str(name), known)}; known: {', '.join(known)}")
+    return str(name)
 
 
 def normalization_switches(normalize: Any) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from typing import Any
 import gymnasium as gym
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
 from sb3_pgplus.configs import ConfigError, EnvironmentSpec, import_object, parse_python_value
+from sb3_pgplus.errors import BackendError
+from sb3_pgplus.vec_env.make import make_vec_env
 
 Wrapper = Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]]
 REQUIREMENTS = {
@@ -33,6 +34,7 @@ def make_environments(
     *,
     n_envs: int = 1,
     seed: int | None = None,
+    backend: str = "auto",
     render_mode: str | None = None,
     outer_wrapper: Wrapper | None = None,
 ) -> VecEnv:
@@ -42,11 +44,13 @@ def make_environments(
     :param spec: which environment
     :param n_envs: how many copies
     :param seed: copy ``i`` gets ``seed + i``
+    :param backend: what runs them, see :func:`sb3_pgplus.vec_env.make_vec_env`
     :param render_mode: ``"human"`` or ``"rgb_array"``, by default SB3's choice
     :param outer_wrapper: one more wrapper around each copy
     :raises ConfigError: if the environment is unknown, needs a package that is missing or refuses its arguments
     """
-    find_environment(spec.env)
+    if backend != "envpool":  # which has its own
+        find_environment(spec.env)
     wrappers = [*configured_wrappers(spec.env_wrapper), *([outer_wrapper] if outer_wrapper else [])]
 
     def wrap(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
@@ -55,11 +59,14 @@ def make_environments(
         return env
 
     env_kwargs = spec.env_kwargs | ({"render_mode": render_mode} if render_mode else {})
+    wrapper_class = wrap if wrappers else None
     try:
-        env = make_vec_env(spec.env, n_envs, seed, env_kwargs=env_kwargs, wrapper_class=wrap if wrappers else None)
+        env = make_vec_env(spec.env, n_envs, seed, env_kwargs=env_kwargs, wrapper_class=wrapper_class, backend=backend)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         advice = installation_advice(spec.env)
         raise ConfigError(f"{spec.env} needs a package that is missing: {one_line(error)}; {advice}") from error
+    except BackendError as error:
+        raise ConfigError(f"{spec.env}: {one_line(error)}") from error
     except Exception as error:  # the environment's own constructor may raise anything
         raise ConfigError(f"cannot make {spec.env}: {one_line(error)}{_renderer_hint(spec.env)}") from error
     return VecFrameStack(env, spec.frame_stack) if spec.frame_stack else env

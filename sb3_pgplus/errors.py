@@ -28,6 +28,10 @@ class BackendError(ValueError):
     """A backend of ``make_vec_env`` that cannot serve what it was asked for; the message says why."""
 
 
+class WorkerError(RuntimeError):
+    """An environment in a worker process raised an error, took too long, or ended its process."""
+
+
 def warn_user(message: str) -> None:
     """
     Warn, naming the line of the user's code that led here instead of one of ours or SB3's.

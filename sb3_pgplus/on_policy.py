@@ -15,7 +15,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
@@ -40,6 +39,7 @@ from sb3_pgplus.policies import RunningMoments, set_training_mode
 from sb3_pgplus.rollouts import RolloutProcessing
 from sb3_pgplus.schedules import as_schedule, describe_schedule, is_constant
 from sb3_pgplus.updates import GradientUpdates
+from sb3_pgplus.vec_env.make import make_vec_env
 from sb3_pgplus.vec_env.tensors import TensorVecEnv
 
 H = TypeVar("H", bound=PolicyGradientHparams)
@@ -433,7 +433,9 @@ _SB3_HPARAMS = ("learning_rate", "n_steps", "gamma", "gae_lambda", "ent_coef", "
 
 def make_environments(env: GymEnv | str | None, n_envs: Any) -> GymEnv | str | None:
     """
-    Several environments side by side where only an id is given; anything else is left to SB3.
+    Several environments side by side where only an id is given, by the fastest backend with SB3's numbers.
+
+    Anything else is left to SB3.
 
     :param env: the constructor's argument
     :param n_envs: how many

@@ -20,7 +20,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import check_for_correct_spaces, set_random_seed
 
-from sb3_pgplus.configs import ConfigError, EnvironmentSpec, algorithm_class, read_mapping
+from sb3_pgplus.configs import ConfigError, EnvironmentSpec, algorithm_class, known_backend, read_mapping
 from sb3_pgplus.environments import Wrapper, installation_advice, make_environments, one_line, torch_threads
 from sb3_pgplus.run_folder import RunFolder
 
@@ -68,6 +68,7 @@ def evaluate(
     n_episodes: int = 10,
     seed: int = EVALUATION_SEED,
     deterministic: bool = True,
+    backend: str = "auto",
     render_mode: str | None = None,
     outer_wrapper: Wrapper | None = None,
 ) -> Evaluation:
@@ -79,11 +80,12 @@ def evaluate(
     :param n_episodes: number of episodes
     :param seed: of the environment, and of the actions where they are sampled
     :param deterministic: the policy's mode, or samples from it
+    :param backend: what runs the environment, see :func:`sb3_pgplus.vec_env.make_vec_env`
     :param render_mode: ``"human"`` shows the episodes
     :param outer_wrapper: one more wrapper around the environment
     :raises ConfigError: if the model is not made for this environment
     """
-    env = make_environments(spec, seed=seed, render_mode=render_mode, outer_wrapper=outer_wrapper)
+    env = make_environments(spec, seed=seed, backend=backend, render_mode=render_mode, outer_wrapper=outer_wrapper)
     try:
         _check_spaces(model, env, spec.env)
         if not deterministic:
@@ -116,6 +118,8 @@ class LoadedRun:
     environment: EnvironmentSpec
     path: Path
     """The model's file."""
+    backend: str = "auto"
+    """What ran the environments of the training."""
 
 
 def load_run(path: Path, *, env: str | None = None, algo: str | None = None, device: str = "auto") -> LoadedRun:
@@ -134,9 +138,9 @@ def load_run(path: Path, *, env: str | None = None, algo: str | None = None, dev
     settings = read_mapping(config) if config else {}
     if env is not None and env != settings.get("env"):
         # Wrappers belong to the environment they were written for.
-        spec = EnvironmentSpec(env)
+        spec, backend = EnvironmentSpec(env), "auto"
     elif "env" in settings:
-        spec = EnvironmentSpec.from_settings(settings)
+        spec, backend = EnvironmentSpec.from_settings(settings), known_backend(settings.get("backend", "auto"))
     else:
         raise ConfigError(f"there is no config.yml beside {file} to say which environment it plays: give --env")
     algorithm = algorithm_class(str(algo or settings.get("algo") or "ppoplus"))
@@ -144,7 +148,7 @@ def load_run(path: Path, *, env: str | None = None, algo: str | None = None, dev
         model = algorithm.load(file, device=device)
     except (ValueError, TypeError, KeyError, RuntimeError, AssertionError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{file} cannot be loaded as {algorithm.__name__}: {error}") from error
-    return LoadedRun(model, spec, file)
+    return LoadedRun(model, spec, file, backend)
 
 
 def _model_file(path: Path) -> Path:

@@ -34,6 +34,7 @@ from sb3_pgplus.playing import Evaluation, evaluate
 from sb3_pgplus.reporting.learning_curve import Episodes, plot_learning_curve
 from sb3_pgplus.reporting.progress_bar import EpisodeRecorder, TrainingProgress
 from sb3_pgplus.run_folder import RunFolder, check_unused, create_run_folder, package_versions
+from sb3_pgplus.vec_env import backend_of
 
 #: A longer run logs every few iterations.
 MOST_ROWS = 500
@@ -84,7 +85,7 @@ def train(
     console = console or Console(quiet=True)
     if out is not None:
         check_unused(out)
-    env = make_environments(settings.environment, n_envs=settings.n_envs, seed=settings.seed)
+    env = make_environments(settings.environment, n_envs=settings.n_envs, seed=settings.seed, backend=settings.backend)
     try:
         model = build_model(settings, env, device=device, verbose=verbose)
         folder = create_run_folder(out, algo=settings.algo, env=settings.environment.env, seed=settings.seed)
@@ -100,7 +101,7 @@ def train(
     _draw(folder, settings, model, episodes, console)
     evaluation = None
     if eval_episodes and not interrupted:
-        evaluation = evaluate(model, settings.environment, n_episodes=eval_episodes)
+        evaluation = evaluate(model, settings.environment, n_episodes=eval_episodes, backend=settings.backend)
         write_atomically(folder.evaluation, yaml.safe_dump(evaluation.summary(), sort_keys=False).encode())
     return FinishedRun(model, folder, episodes, seconds, interrupted, evaluation)
 
@@ -146,11 +147,12 @@ def run_config(settings: RunSettings, model: PolicyGradientPlus[Any]) -> dict[st
         **settings.environment.settings(),
         "seed": settings.seed,
         "n_envs": settings.n_envs,
+        "backend": settings.backend,
         "n_timesteps": settings.n_timesteps,
         "policy": settings.policy or policy_for(model.observation_space),
         **settings.hyperparameters,
         **model.hyperparameters(),
-        "made_with": package_versions() | {"device": str(model.device)},
+        "made_with": package_versions() | {"device": str(model.device), "backend": _backend(model)},
     }
 
 
@@ -179,7 +181,8 @@ def start_panel(settings: RunSettings, model: PolicyGradientPlus[Any], folder: R
     """
     changed = changed_settings(settings, model)
     rows = {
-        "steps": f"{settings.n_timesteps:,} in {_copies(settings)}, seed {settings.seed}, on {model.device}",
+        "steps": f"{settings.n_timesteps:,} in {_copies(settings)} ({_backend(model)}), seed {settings.seed}, "
+        f"on {model.device}",
         "settings": settings.source,
         "changed": ", ".join(_changes(changed)) or "nothing: all hyperparameters are the defaults",
         "folder": escape(str(folder.path)),
@@ -193,6 +196,11 @@ def start_panel(settings: RunSettings, model: PolicyGradientPlus[Any], folder: R
 
 def _copies(settings: RunSettings) -> str:
     return "1 environment" if settings.n_envs == 1 else f"{settings.n_envs} environments"
+
+
+def _backend(model: PolicyGradientPlus[Any]) -> str:
+    assert model.env is not None  # it is trained in one
+    return backend_of(model.env)
 
 
 def _changes(changed: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:

@@ -87,7 +87,7 @@ def test_a_run_folder_is_complete(trained: tuple[Path, str]) -> None:
 
 def test_the_config_holds_every_hyperparameter_with_its_value(trained: tuple[Path, str]) -> None:
     config = yaml.safe_load((trained[0] / "config.yml").read_text(encoding="utf-8"))
-    expected = {"algo": "ppoplus", "env": "CartPole-v1", "seed": 3, "n_envs": 2, "n_timesteps": 1000}
+    expected = {"algo": "ppoplus", "env": "CartPole-v1", "seed": 3, "n_envs": 2, "n_timesteps": 1000, "backend": "auto"}
     assert config.items() >= (expected | {"policy": "MlpPolicy", "n_epochs": 1, "learning_rate": "lin_0.001"}).items()
     assert config.keys() >= set(PPOPlus.hparams_class.names())
     assert config["made_with"].keys() >= {"python", "sb3_pgplus", "stable_baselines3", "torch", "gymnasium", "numpy"}
@@ -110,7 +110,7 @@ def test_the_start_names_settings_and_changes_the_end_names_results_and_commands
     output = unwrapped(trained[1])
     for text in (
         "PPOPlus on CartPole-v1",
-        "1,000 in 2 environments, seed 3",
+        "1,000 in 2 environments (dummy), seed 3",
         "zoo_configs/ppoplus.yml, block CartPole-v1",
         "n_steps=64 (2048)",
         "n_epochs=1 (10)",
@@ -134,6 +134,45 @@ def test_another_seed_gives_another_run(trained: tuple[Path, str], tmp_path: Pat
     other = tmp_path / "other"
     succeed("train", "--config", config, "--seed", "4", "--out", other, "--no-progress", "--eval-episodes", "0")
     assert not same_parameters(trained[0] / "model.zip", other / "model.zip")
+
+
+def test_the_fastest_exact_backend_runs_the_environments_and_another_one_gives_the_same_run(tmp_path: Path) -> None:
+    pytest.importorskip("mujoco", minversion="3.17")
+    reacher = (*TRAIN, "--env", "Reacher-v5", "--eval-episodes", "1")
+    evaluations = []
+    for options, backend in (
+        ((), "mujoco"),
+        (("--backend", "workers"), "workers"),
+        (("--set", "backend=dummy"), "dummy"),
+    ):
+        assert f"2 environments ({backend})" in unwrapped(succeed(*reacher, *options, "--out", tmp_path / backend))
+        config = yaml.safe_load((tmp_path / backend / "config.yml").read_text(encoding="utf-8"))
+        assert (config["backend"], config["made_with"]["backend"]) == (backend if options else "auto", backend)
+        assert same_parameters(tmp_path / "mujoco" / "model.zip", tmp_path / backend / "model.zip")
+        evaluations.append((tmp_path / backend / "evaluation.yml").read_text(encoding="utf-8"))
+    assert evaluations[0] == evaluations[1] == evaluations[2]
+    outputs = {
+        succeed("evaluate", tmp_path / "dummy", "--n-episodes", "1", "--backend", name) for name in ("mujoco", "auto")
+    }
+    assert len(outputs) == 1
+
+
+def test_wrappers_and_stacked_frames_work_with_every_backend_that_has_single_environments(tmp_path: Path) -> None:
+    wrapper = "env_wrapper={gymnasium.wrappers.RescaleAction: {min_action: -2.0, max_action: 2.0}}"
+    options = ("--env", "Pendulum-v1", "--eval-episodes", "0", "--set", wrapper, "--set", "frame_stack=2")
+    succeed(*TRAIN, *options, "--out", tmp_path / "auto")
+    succeed(*TRAIN, *options, "--out", tmp_path / "workers", "--backend", "workers")
+    assert same_parameters(tmp_path / "auto" / "model.zip", tmp_path / "workers" / "model.zip")
+    refused = run(*TRAIN, *options, "--out", tmp_path / "gymnasium", "--backend", "gymnasium")
+    assert refused.exit_code == 2 and "`wrapper_class` wraps single environments" in refused.output
+
+
+def test_an_envpool_run_is_evaluated_in_envpool_also_where_gymnasium_knows_no_such_environment(tmp_path: Path) -> None:
+    pytest.importorskip("envpool")
+    options = ("--env", "CheetahRun-v1", "--set", "policy=MultiInputPolicy", "--eval-episodes", "1")
+    succeed(*TRAIN, *options, "--backend", "envpool", "--out", tmp_path / "run")
+    assert "CheetahRun-v1, 1 episode" in succeed("evaluate", tmp_path / "run", "--n-episodes", "1")
+    assert "unknown environment" in run("evaluate", tmp_path / "run", "--backend", "dummy").output
 
 
 def test_set_reaches_the_constructor(tmp_path: Path) -> None:
@@ -254,6 +293,8 @@ BAD_INPUT = [
     (("--set", "policy_kwargs.net_arhc=[64]"), r"unexpected keyword argument 'net_arhc'"),
     (("--n-timesteps", "0.5"), r"n_timesteps must be a whole number of at least 1, got 0\.5"),
     (("--n-envs", "0"), r"n_envs must be a whole number of at least 1, got 0"),
+    (("--backend", "muhoco"), r"unknown backend 'muhoco', did you mean `mujoco`\?; known: auto, dummy, .*envpool"),
+    (("--backend", "mujoco"), r"CartPole-v1: `backend='mujoco'` cannot serve this: .*CartPole-v1 is none of them"),
     (("--seed", "-1"), r"seed must be a whole number of at least 0, got -1"),
     (("--device", "abacus"), r"device.*abacus"),
     (("--config", "missing.yml"), r"cannot read the configuration missing\.yml: No such file or directory"),

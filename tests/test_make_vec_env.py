@@ -2,18 +2,23 @@
 
 import inspect
 import logging
+import re
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+from gymnasium.vector import SyncVectorEnv
 from rollout_comparison import assert_same_rollouts, random_actions
 from stable_baselines3.common.env_util import make_vec_env as make_with_sb3
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
 pytest.importorskip("mujoco", minversion="3.17")
 
-from sb3_pgplus.vec_env import MujocoVecEnv, backend_of, make, make_vec_env, mujoco_tasks
+from sb3_pgplus.vec_env import MujocoVecEnv, WorkersVecEnv, backend_of, make_vec_env, mujoco_tasks
 from sb3_pgplus.vec_env.make import BACKENDS
 
 
@@ -63,12 +68,95 @@ def test_it_gives_what_sb3s_function_gives(env_id, backend):
     assert_same_rollouts(reference, env, np.asarray(actions))
 
 
-def test_without_a_seed_numpys_global_generator_decides_as_in_sb3():
-    observations = []
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Reacher-v5"])
+def test_without_a_seed_numpys_global_generator_decides_as_in_sb3(env_id):
+    drawn = []
     for make_env in (make_with_sb3, make_vec_env):
         np.random.seed(3)
-        observations.append(make_env("Reacher-v5", 2).reset())
-    np.testing.assert_array_equal(*observations)
+        drawn.append((make_env(env_id, 2).reset(), np.random.random()))
+    np.testing.assert_array_equal(drawn[0][0], drawn[1][0])
+    assert drawn[0][1] == drawn[1][1]  # nothing else was drawn
+
+
+@pytest.mark.parametrize("backend", ["workers", "gymnasium"])
+@pytest.mark.parametrize("full_infos", [False, True])
+def test_the_backends_of_ordinary_environments_give_the_same_rollouts(backend, full_infos, tmp_path):
+    arguments = {"n_envs": 3, "seed": 4, "start_index": 1, "env_kwargs": {"max_episode_steps": 8}}
+    arguments["monitor_kwargs"] = {"allow_early_resets": False}
+    reference = make_with_sb3("Pendulum-v1", **arguments, monitor_dir=str(tmp_path / "sb3"))
+    env = make_vec_env(
+        "Pendulum-v1", **arguments, monitor_dir=str(tmp_path / "ours"), backend=backend, full_infos=full_infos
+    )
+    try:
+        assert backend_of(env) == backend
+        assert env.action_space.sample() == reference.action_space.sample()
+        counts = assert_same_rollouts(reference, env, random_actions(env, 20), full_infos)
+        assert counts == {"ended": 6, "truncated": 6}
+        assert env.env_is_wrapped(Monitor) == [True] * 3 and env.render_mode == "rgb_array"
+    finally:
+        env.close()
+        reference.close()
+    for i in (1, 2, 3):
+        files = [tmp_path / name / f"{i}.monitor.csv" for name in ("sb3", "ours")]
+        rows = [[line.split(",")[:2] for line in file.read_text().splitlines()[1:]] for file in files]
+        assert rows[0] == rows[1] and len(rows[0]) == 3
+        assert all('"env_id": "Pendulum-v1"' in file.read_text() for file in files)
+
+
+def test_workers_take_wrappers_and_their_own_arguments():
+    env = make_vec_env(
+        reacher,
+        3,
+        backend="workers",
+        n_threads=2,
+        wrapper_class=gym.wrappers.RescaleAction,
+        wrapper_kwargs={"min_action": -2.0, "max_action": 2.0},
+        vec_env_kwargs={"timeout": 50.0},
+    )
+    assert isinstance(env, WorkersVecEnv) and len(env._processes) == 2 and env.timeout == 50
+    assert env.env_is_wrapped(gym.wrappers.RescaleAction) == [True] * 3
+    env.close()
+
+
+def test_gymnasiums_own_vector_environment_is_taken_only_if_its_transitions_can_be_correct():
+    env = make_vec_env("CartPole-v1", 2, backend="gymnasium")
+    assert isinstance(env.env, SyncVectorEnv)  # the one of CartPole resets all copies or none
+    env = make_vec_env("CartPole-v1", 1, backend="gymnasium")
+    assert isinstance(env.env.unwrapped, CartPoleVectorEnv)
+
+
+def test_envpools_environments_are_seeded_and_counted(tmp_path):
+    pytest.importorskip("envpool")
+    arguments = {"backend": "envpool", "seed": 3, "env_kwargs": {"max_episode_steps": 4}, "n_threads": 1}
+    env = make_vec_env("Pendulum-v1", 2, **arguments, monitor_dir=str(tmp_path))
+    other = make_vec_env("Pendulum-v1", 2, **arguments, full_infos=True)
+    assert backend_of(env) == "envpool" and env.env.config["num_threads"] == 1
+    np.testing.assert_array_equal(env.reset(), other.reset())
+    steps = [(env.step(a)[3], other.step(a)[3]) for a in random_actions(env, 4)]
+    assert steps[0][0] == [{"TimeLimit.truncated": False}] * 2 and "elapsed_step" in steps[0][1][0]
+    assert all("elapsed_step" in infos[0] and infos[0]["TimeLimit.truncated"] for infos in steps[-1])
+    assert [infos[1]["episode"]["l"] for infos in steps[-1]] == [4, 4]
+    env.close()
+    assert len((tmp_path / "1.monitor.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("backend", "arguments", "why"),
+    [
+        ("gymnasium", {"env_id": reacher}, "it needs an environment's id"),
+        ("gymnasium", {"n_threads": 2}, "no threads to choose"),
+        ("gymnasium", {"wrapper_class": gym.wrappers.ClipAction}, "`wrapper_class`"),
+        ("gymnasium", {"vec_env_kwargs": {"copy": False}}, "`vec_env_kwargs`.*copy"),
+        ("gymnasium", {"monitor_kwargs": {"reset_keywords": ("a",)}}, "`monitor_kwargs` .* not reset_keywords"),
+        ("envpool", {"wrapper_class": gym.wrappers.ClipAction}, "`wrapper_class`"),
+        ("envpool", {"env_id": "CartPole-v2"}, "EnvPool has no environment 'CartPole-v2'.*CartPole-v1|not installed"),
+        ("envpool", {"env_id": reacher}, "EnvPool has no environment <function|not installed"),
+        ("subproc", {"n_threads": 2}, "no threads to choose"),
+    ],
+)
+def test_a_backend_refuses_what_it_cannot_honour(backend, arguments, why):
+    with pytest.raises(ValueError, match=f"`backend='{backend}'` cannot serve this: .*({why})"):
+        make_vec_env(**{"env_id": "CartPole-v1", "n_envs": 2, "backend": backend} | arguments)
 
 
 def test_subproc_runs_one_process_per_copy():
@@ -179,7 +267,7 @@ def test_backend_of_looks_through_wrappers():
         ({"full_infos": 1}, TypeError, "`full_infos` must be True or False, got 1"),
         ({"backend": "cuda"}, ValueError, "`backend` must be one of 'auto', 'dummy', .*'mujoco'.*, got 'cuda'"),
         ({"backend": None}, ValueError, "`backend` must be one of .*, got None"),
-        ({"backend": "dummy", "n_threads": 2}, ValueError, "it has no threads, and `n_threads` is 2"),
+        ({"backend": "dummy", "n_threads": 2}, ValueError, "it has no threads to choose, and `n_threads` is 2"),
         ({"backend": "dummy", "vec_env_cls": DummyVecEnv}, ValueError, "`vec_env_cls` names a class and `backend="),
         ({"env_id": "HalfCheeta-v5"}, ValueError, "`env_id` 'HalfCheeta-v5' is unknown: .*HalfCheetah"),
         ({"env_id": "no_such_package:Env-v0"}, ValueError, "`env_id` 'no_such_package:Env-v0' is unknown"),
@@ -202,5 +290,5 @@ def test_an_id_without_a_version_is_completed_by_gymnasium():
 
 
 def test_every_backend_is_documented_by_its_name():
-    assert {"dummy", "subproc", "mujoco"} <= BACKENDS.keys()
-    assert all(name in inspect.getdoc(make) + inspect.getsource(make) for name in BACKENDS)
+    table = (Path(__file__).parents[1] / "docs" / "vec_env.md").read_text("utf-8")
+    assert re.findall(r'^\| `"(\w+)"` \|', table, re.MULTILINE) == list(BACKENDS)

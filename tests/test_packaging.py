@@ -61,6 +61,7 @@ OPTIONAL_PACKAGE_OWNERS = {
     "cv2": (),
     "envpool": ("vec_env",),
     "imageio_ffmpeg": (),
+    "jax": ("vec_env",),
     "matplotlib": (),
     "moviepy": (),
     "mujoco": ("vec_env",),
@@ -73,7 +74,10 @@ OPTIONAL_PACKAGE_OWNERS = {
     "wandb": ("callbacks",),
 }
 #: These cost seconds or need an extra, so they have to wait until they are used.
-HEAVY = ("wandb", "optuna", "rl_zoo3", "matplotlib", "torch._inductor")
+HEAVY = ("wandb", "optuna", "rl_zoo3", "matplotlib", "torch._inductor", "mujoco", "envpool")
+HEAVY += tuple(
+    f"sb3_pgplus.vec_env.{name}" for name in ("envpool", "gymnasium_adapter", "jax_adapter", "mujoco", "workers")
+)
 
 
 class Import(NamedTuple):

@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, presets
 from sb3_pgplus.on_policy import PolicyGradientPlus
+from sb3_pgplus.vec_env import backend_of
 
 
 class DictEnv(gym.Env[Any, Any]):
@@ -364,3 +365,17 @@ def test_dict_observations_can_be_thinned_where_sb3_contrib_fails() -> None:
         train(TRPO, case, {}, 1)
     ours = train(TRPOPlus, case, presets.SB3_TRPO, 1)
     assert ours.logger.name_to_value["train/is_line_search_success"] == 1
+
+
+# --- environments of the constructor's own ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v5"])
+def test_environments_that_the_constructor_makes_are_sb3s_whatever_runs_them(env_id: str) -> None:
+    settings: dict[str, Any] = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 4, "device": "cpu"}
+    ours = PPOPlus("MlpPolicy", env_id, **{**presets.SB3_PPO, **settings, "n_envs": 3}).learn(200)
+    theirs = PPO("MlpPolicy", make_vec_env(env_id, 3), **settings).learn(200)
+    assert ours.env is not None and backend_of(ours.env) == ("mujoco" if env_id == "Hopper-v5" else "dummy")
+    assert all(th.equal(a, b) for a, b in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True))
+    returns = [[episode["r"] for episode in model.ep_info_buffer or ()] for model in (ours, theirs)]
+    assert returns[0] == returns[1] and returns[0]

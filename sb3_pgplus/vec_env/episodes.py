@@ -1,4 +1,9 @@
-"""Episode statistics of N environments at once: what SB3's ``Monitor`` keeps for one."""
+"""
+Episodes of N environments at once: the statistics that SB3's ``Monitor`` keeps for one, and SB3's ``infos``.
+
+A dictionary per environment and step costs more than the step of a fast environment, and training reads none of it. So
+an info has the environment's own entries only where an episode ends, or where ``full_infos`` asks for them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,37 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.monitor import ResultsWriter
 
-Array = np.ndarray[Any, Any]
+from sb3_pgplus.vec_env.common import Array
+
+#: Keyword arguments of ``Monitor`` that :class:`EpisodeMonitor` has, too.
+MONITOR_ARGUMENTS = ("allow_early_resets", "info_keywords", "override_existing")
+
+
+class LeanInfo(dict[str, Any]):
+    """The info of a step inside an episode. It says how to get the entries that it lacks."""
+
+    __slots__ = ()  # N of them are made in every step
+
+    def __missing__(self, key: str) -> Any:
+        if key in ("episode", "terminal_observation"):
+            raise KeyError(key)
+        raise KeyError(
+            f"{key!r} is not in this info: inside an episode an environment's own entries cost time, so they are there "
+            "only with full_infos=True"
+        )
+
+
+#: What SB3's vector environments say about time limits in every step.
+RUNNING = {"TimeLimit.truncated": False}
+
+
+def running_infos(n_envs: int) -> list[dict[str, Any]]:
+    """
+    Infos of a step in which no episode ends, a dictionary of its own for each environment.
+
+    :param n_envs: N
+    """
+    return [LeanInfo(RUNNING) for _ in range(n_envs)]
 
 
 class EpisodeMonitor:
@@ -29,7 +64,7 @@ class EpisodeMonitor:
     def __init__(
         self,
         n_envs: int,
-        env_id: str,
+        env_id: str = "",
         monitor_dir: str | None = None,
         start_index: int = 0,
         *,
@@ -91,14 +126,25 @@ class EpisodeMonitor:
         rewards[:longest] = self._rewards[self._row - longest : self._row]
         self._rewards, self._row = rewards, longest
 
-    def finish(self, env: int, info: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, env: int, info: Mapping[str, Any], terminated: Any, final_observation: Any) -> dict[str, Any]:
         """
         End an episode.
 
         :param env: index of the environment
-        :param info: the final step's info; needed for ``info_keywords`` only
-        :return: the entry ``"episode"`` of that info: ``r``, ``l``, ``t`` and the keywords
+        :param info: the environment's own info of the final step
+        :param terminated: whether it ended by itself; then it is not truncated, whatever the clock says
+        :param final_observation: the episode's last
+        :return: SB3's info of that step
         """
+        return {
+            **info,
+            "episode": self._statistics(env, info),
+            "TimeLimit.truncated": not terminated,
+            "terminal_observation": final_observation,
+        }
+
+    def _statistics(self, env: int, info: Mapping[str, Any]) -> dict[str, Any]:
+        """Return, length, time and keywords of the episode that ends."""
         length = int(self.lengths[env])
         # Python's sum, as Monitor takes it: from 3.12 on it compensates rounding, which NumPy's does not.
         episode_return = sum(self._rewards[self._row - length : self._row, env].tolist())

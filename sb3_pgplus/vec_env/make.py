@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -15,6 +15,11 @@ from stable_baselines3.common import env_util
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_pgplus.errors import BackendError
+from sb3_pgplus.vec_env.episodes import MONITOR_ARGUMENTS, EpisodeMonitor
+
+if TYPE_CHECKING:
+    from sb3_pgplus.vec_env.gymnasium_adapter import GymnasiumVecEnv
+    from sb3_pgplus.vec_env.mujoco import MujocoVecEnv
 
 logger = logging.getLogger("sb3_pgplus")
 
@@ -70,18 +75,20 @@ def make_vec_env(
     :param wrapper_class: one more wrapper around each ``Monitor``
     :param env_kwargs: for the environment
     :param vec_env_cls: SB3's way to choose; only with ``backend="auto"``
-    :param vec_env_kwargs: for that class
+    :param vec_env_kwargs: for the class that has a Python environment per copy: SB3's or ``WorkersVecEnv``
     :param monitor_kwargs: for ``Monitor``
     :param wrapper_kwargs: for ``wrapper_class``
     :param backend: ``"auto"`` or a name of ``BACKENDS``
-    :param n_threads: of a backend with threads, by default one per copy or usable CPU, whichever are fewer
-    :param full_infos: all info entries of the environment, also from a backend that leaves some out for speed
+    :param n_threads: threads of ``"mujoco"`` and ``"envpool"``, processes of ``"workers"``; by default one per copy or
+        usable CPU, whichever are fewer
+    :param full_infos: all info entries of the environment in every step, also from a backend that leaves them out
+        inside an episode for speed
     :param verbose: 1 prints which backend it is
     :raises TypeError: on an argument of the wrong type
     :raises ValueError: on an unknown id or backend, a number out of range, or what the named backend cannot do
     """
     request = Request(
-        check_env_id(env_id),
+        env_id if backend == "envpool" else check_env_id(env_id),  # EnvPool has its own
         check_integer("n_envs", n_envs, 1),
         None if seed is None else check_integer("seed", seed, 0),
         check_integer("start_index", start_index, 0),
@@ -96,8 +103,6 @@ def make_vec_env(
         check_switch("full_infos", full_infos),
     )
     env, why = build(request, backend)
-    # What SB3's function ends with: the seeds of the first reset.
-    env.seed(request.seed)
     announce(request, env, why, verbose)
     return env
 
@@ -177,15 +182,19 @@ def _subproc(request: Request) -> VecEnv:
     return build_with_sb3(request, SubprocVecEnv)
 
 
+def _workers(request: Request) -> VecEnv:
+    from sb3_pgplus.vec_env.workers import WorkersVecEnv
+
+    settings = {"n_workers": request.n_threads, "full_infos": request.full_infos, **request.vec_env_kwargs}
+    return build_with_sb3(replace(request, vec_env_kwargs=settings), WorkersVecEnv)
+
+
 def _mujoco(request: Request, verify: bool = False) -> VecEnv:
-    # Imported where it is used: it needs nothing that is optional, but not everybody needs it.
+    # Imported where it is used, as each backend: not everybody needs it, or has what it needs.
     from sb3_pgplus.vec_env.mujoco import MujocoVecEnv, find_task
 
     find_task(request.env_id)
-    if request.wrapper_class is not None:
-        raise BackendError("`wrapper_class` wraps single environments, and it has none")
-    if request.vec_env_kwargs:
-        raise BackendError(f"`vec_env_kwargs` are for SB3's classes, got {sorted(request.vec_env_kwargs)}")
+    refuse_single_environments(request)
     if verify:
         verify_installed_versions(request.env_id, request.env_kwargs)
     env = MujocoVecEnv(
@@ -194,18 +203,52 @@ def _mujoco(request: Request, verify: bool = False) -> VecEnv:
         env_kwargs=request.env_kwargs,
         n_threads=request.n_threads,
         full_infos=request.full_infos,
-        start_index=request.start_index,
-        monitor_dir=request.monitor_dir,
-        monitor_kwargs=request.monitor_kwargs,
     )
-    if request.seed is not None:
-        env.action_space.seed(request.seed + request.start_index)
-    return env
+    return finish(env, request)
 
 
-BACKENDS: dict[str, Callable[[Request], VecEnv]] = {"dummy": _dummy, "subproc": _subproc, "mujoco": _mujoco}
+def _gymnasium(request: Request) -> VecEnv:
+    from sb3_pgplus.vec_env.gymnasium_adapter import GymnasiumVecEnv, make_vector_env
+
+    refuse_threads(request)
+    refuse_single_environments(request)
+    vector_env = make_vector_env(request.env_id, request.n_envs, request.env_kwargs)
+    return finish(GymnasiumVecEnv(vector_env, request.full_infos), request)
+
+
+def _envpool(request: Request) -> VecEnv:
+    from sb3_pgplus.vec_env.envpool import make_envpool
+
+    refuse_single_environments(request)
+    settings: dict[str, Any] = {"n_threads": request.n_threads, "full_infos": request.full_infos, **request.env_kwargs}
+    return finish(make_envpool(request.env_id, request.n_envs, request.seed, **settings), request)
+
+
+BACKENDS: dict[str, Callable[[Request], VecEnv]] = {
+    "dummy": _dummy,
+    "subproc": _subproc,
+    "workers": _workers,
+    "mujoco": _mujoco,
+    "gymnasium": _gymnasium,
+    "envpool": _envpool,
+}
 """Name → what builds it, and raises :class:`~sb3_pgplus.errors.BackendError` where it cannot."""
 CLASSES: Mapping[type[VecEnv], str] = {DummyVecEnv: "dummy", SubprocVecEnv: "subproc"}
+
+
+def finish(env: MujocoVecEnv | GymnasiumVecEnv, request: Request) -> VecEnv:
+    """
+    What SB3's function does besides making environments: ``Monitor``'s files, and seeds.
+
+    :param env: without single environments
+    :param request: what was asked for
+    """
+    r = request
+    env.episodes = EpisodeMonitor(r.n_envs, str(r.env_id), r.monitor_dir, r.start_index, **r.monitor_kwargs)
+    if request.seed is not None:
+        env.action_space.seed(request.seed + request.start_index)
+    env.seed(request.seed)
+    return env
 
 
 def backend_of(env: VecEnv) -> str:
@@ -298,4 +341,19 @@ def refuse_threads(request: Request) -> None:
     :raises BackendError: if it names a number of threads
     """
     if request.n_threads is not None:
-        raise BackendError(f"it has no threads, and `n_threads` is {request.n_threads}")
+        raise BackendError(f"it has no threads to choose, and `n_threads` is {request.n_threads}")
+
+
+def refuse_single_environments(request: Request) -> None:
+    """
+    :param request: of a backend that computes all copies at once
+    :raises BackendError: if it is about single environments
+    """
+    for name in request.monitor_kwargs:
+        if name not in MONITOR_ARGUMENTS:
+            raise BackendError(f"`monitor_kwargs` may have {', '.join(MONITOR_ARGUMENTS)} here, not {name}")
+    if request.wrapper_class is not None:
+        raise BackendError("`wrapper_class` wraps single environments, and it has none")
+    if request.vec_env_kwargs:
+        names = sorted(request.vec_env_kwargs)
+        raise BackendError(f"`vec_env_kwargs` are for classes with single environments, got {names}")

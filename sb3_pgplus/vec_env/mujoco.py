@@ -23,11 +23,11 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.errors import BackendError
-from sb3_pgplus.vec_env.episodes import EpisodeMonitor
-from sb3_pgplus.vec_env.mujoco_tasks import ALL, TASKS, Array, Outcome, Rows, Task
+from sb3_pgplus.vec_env.common import Array, indices_of, usable_cpus
+from sb3_pgplus.vec_env.episodes import RUNNING, EpisodeMonitor, running_infos
+from sb3_pgplus.vec_env.mujoco_tasks import ALL, TASKS, Outcome, Rows, Task
 
 WRAPPERS_OF_MAKE = (TimeLimit, OrderEnforcing, PassiveEnvChecker)
-MONITOR_ARGUMENTS = ("allow_early_resets", "info_keywords", "override_existing")
 #: Attributes of a Gymnasium environment that follow its simulation, which the template's does not.
 STATE_ATTRIBUTES = frozenset({"model", "data", "mujoco_renderer", "_np_random", "_np_random_seed"})
 #: What comes from classes and wrappers instead, and is the same for all copies.
@@ -43,37 +43,15 @@ MONITOR_GETTERS = {
 }
 
 
-class LeanInfo(dict[str, Any]):
-    """The info of one step: empty inside an episode. It says how to get the entries that it lacks."""
-
-    __slots__ = ()  # N of them are made in every step
-
-    def __missing__(self, key: str) -> Any:
-        if key == "TimeLimit.truncated":
-            return False
-        if key in ("episode", "terminal_observation"):
-            raise KeyError(key)
-        raise KeyError(
-            f"{key!r} is not in this info: the task's own entries cost time, so they are there only with "
-            "make_vec_env(..., full_infos=True)"
-        )
-
-
 class MujocoVecEnv(VecEnv):
     """
     N copies of a Gymnasium MuJoCo v5 task, each as in a ``Monitor``, on one ``mujoco.batch.Batch``.
-
-    Infos are short unless ``full_infos``: ``episode``, ``terminal_observation`` and ``TimeLimit.truncated`` where an
-    episode ends, nothing elsewhere.
 
     :param env_id: registered id of one of the eleven tasks
     :param n_envs: N
     :param env_kwargs: for ``gymnasium.make``; the settings of all copies are read from one environment made so
     :param n_threads: of the simulation, by default one per copy, and at most one per CPU that this process may use
-    :param full_infos: give the task's own info entries in every step, as Gymnasium does
-    :param start_index: number of the first copy, for the files
-    :param monitor_dir: folder for ``Monitor``'s files, or None
-    :param monitor_kwargs: ``allow_early_resets``, ``info_keywords``, ``override_existing``
+    :param full_infos: give the task's own info entries in every step, not only where an episode ends
     :raises BackendError: if what is asked for cannot be had here, or might differ from Gymnasium
     """
 
@@ -88,12 +66,8 @@ class MujocoVecEnv(VecEnv):
         env_kwargs: Mapping[str, Any] | None = None,
         n_threads: int | None = None,
         full_infos: bool = False,
-        start_index: int = 0,
-        monitor_dir: str | None = None,
-        monitor_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         task_class, batch_class = find_task(env_id), find_batch_class()
-        check_monitor_arguments(monitor_kwargs or {})
         self._env = make_template(env_id, env_kwargs or {}, task_class)
         self.n_threads = n_threads or min(n_envs, usable_cpus())
         model = self._env.unwrapped.model
@@ -111,13 +85,13 @@ class MujocoVecEnv(VecEnv):
         # The states before the last step, for rendering, and where each copy's camera looks.
         self._states_before: Array | None = self._batch.state.copy() if self.render_mode == "rgb_array" else None
         self._lookat: dict[int, Array] = {}
-        self._episodes = EpisodeMonitor(n_envs, str(env_id), monitor_dir, start_index, **(monitor_kwargs or {}))
+        self.episodes = EpisodeMonitor(n_envs)
 
     # --- stepping ---
 
     def reset(self) -> Array:
         task = self._usable_task()
-        self._episodes.start_all()
+        self.episodes.start_all()
         for i, seed in enumerate(self._seeds):
             if seed is not None or self._generators[i] is None:
                 self._generators[i] = seeding.np_random(seed)[0]
@@ -147,8 +121,8 @@ class MujocoVecEnv(VecEnv):
         task.after_step()
         outcome = task.outcome(self.actions)
         observations = task.observations(ALL)
-        self._episodes.add(outcome.rewards)
-        dones: Array = outcome.terminated | (self._episodes.lengths >= self._time_limit)
+        self.episodes.add(outcome.rewards)
+        dones: Array = outcome.terminated | (self.episodes.lengths >= self._time_limit)
         infos = self._infos(task, outcome)
         if np.count_nonzero(dones):  # faster than any() on a few bytes
             self._end_episodes(task, outcome, np.flatnonzero(dones), observations, infos)
@@ -156,30 +130,22 @@ class MujocoVecEnv(VecEnv):
 
     def _infos(self, task: Task, outcome: Outcome) -> list[dict[str, Any]]:
         if not self.full_infos:
-            return [LeanInfo() for _ in range(self.num_envs)]
-        infos = split(task.step_info() | outcome.terms, ALL)
-        for info in infos:
-            info["TimeLimit.truncated"] = False
-        return infos
+            return running_infos(self.num_envs)
+        return [info | RUNNING for info in split(task.step_info() | outcome.terms, ALL)]
 
     def _end_episodes(
         self, task: Task, outcome: Outcome, rows: Array, observations: Array, infos: list[dict[str, Any]]
     ) -> None:
         """
-        Complete infos of episodes that end here, and put the first observations of the next ones in place.
+        Put in place the infos of episodes that end here, and the first observations of the next ones.
 
         :param rows: which copies
         :param observations: of the step, ``[N, d]``; those of ``rows`` are replaced
         :param infos: of the step, changed in place
         """
-        final_observations = observations[rows]
-        keywords = self._episodes.info_keywords
-        task_infos = split(task.step_info() | outcome.terms, rows) if keywords else [{}] * len(rows)
-        for i, final_observation, task_info in zip(rows.tolist(), final_observations, task_infos, strict=True):
-            infos[i]["episode"] = self._episodes.finish(i, task_info)
-            # A step that terminates is not truncated, whatever the clock says: SB3's convention.
-            infos[i]["TimeLimit.truncated"] = not outcome.terminated[i]
-            infos[i]["terminal_observation"] = final_observation
+        own_infos = split(task.step_info() | outcome.terms, rows)
+        for i, own_info, final_observation in zip(rows.tolist(), own_infos, observations[rows], strict=True):
+            infos[i] = self.episodes.finish(i, own_info, outcome.terminated[i], final_observation)
         observations[rows] = self._start_episodes(task, rows)
 
     def _start_episodes(self, task: Task, rows: Array) -> Array:
@@ -212,7 +178,7 @@ class MujocoVecEnv(VecEnv):
         if self._task is not None:
             self._task = self._batch = None
             self._env.close()
-            self._episodes.close()
+            self.episodes.close()
 
     # --- pictures ---
 
@@ -240,7 +206,7 @@ class MujocoVecEnv(VecEnv):
         template = self._env.unwrapped
         model, data, state = template.model, template.data, mujoco.mjtState.mjSTATE_INTEGRATION
         mujoco.mj_resetData(model, data)
-        if self._episodes.lengths[env] == 0:
+        if self.episodes.lengths[env] == 0:
             mujoco.mj_setState(model, data, self._batch.state[env], state)
             mujoco.mj_forward(model, data)
         else:
@@ -267,11 +233,11 @@ class MujocoVecEnv(VecEnv):
         :param indices: which copies, by default all
         :raises AttributeError: if there is none, or if it belongs to the state of a simulation
         """
-        copies = list(self._get_indices(indices))
+        copies = indices_of(indices, self.num_envs)
         if attr_name in MONITOR_ATTRIBUTES:
-            return [getattr(self._episodes, attr_name)[i] for i in copies]
+            return [getattr(self.episodes, attr_name)[i] for i in copies]
         if attr_name == "total_steps":
-            return [self._episodes.total_steps for _ in copies]
+            return [self.episodes.total_steps for _ in copies]
         value = self._env.get_wrapper_attr(attr_name)
         settings = vars(self._env.unwrapped).keys() - STATE_ATTRIBUTES
         if attr_name not in settings | SHARED_ATTRIBUTES:
@@ -294,7 +260,7 @@ class MujocoVecEnv(VecEnv):
         :param indices: which copies, by default all
         :raises AttributeError: on any other method
         """
-        copies = list(self._get_indices(indices))
+        copies = indices_of(indices, self.num_envs)
         methods: dict[str, Callable[..., list[Any]]] = {
             name: lambda attribute=attribute: self.get_attr(attribute, copies)
             for name, attribute in MONITOR_GETTERS.items()
@@ -311,7 +277,7 @@ class MujocoVecEnv(VecEnv):
         :param wrapper_class: ``Monitor`` or one of ``gymnasium.make``'s own wrappers, to have True
         :param indices: which copies, by default all
         """
-        return [is_wrapped(self._env, wrapper_class) for _ in self._get_indices(indices)]
+        return [is_wrapped(self._env, wrapper_class) for _ in indices_of(indices, self.num_envs)]
 
     def _refuse(self, what: str) -> NoReturn:
         raise AttributeError(
@@ -369,16 +335,6 @@ def find_batch_class() -> Any:
     return batch_class
 
 
-def check_monitor_arguments(arguments: Mapping[str, Any]) -> None:
-    """
-    :param arguments: ``monitor_kwargs``
-    :raises BackendError: if one is not known here
-    """
-    for name in arguments:
-        if name not in MONITOR_ARGUMENTS:
-            raise BackendError(f"`monitor_kwargs` may have {', '.join(MONITOR_ARGUMENTS)} here, not {name}")
-
-
 def make_template(env_id: str, env_kwargs: Mapping[str, Any], task_class: type[Task]) -> Any:
     """
     Build the one environment that settings, spaces and camera are taken from.
@@ -431,8 +387,3 @@ def _never_free_batches_of_the_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_never_free_batches_of_the_parent)
-
-
-def usable_cpus() -> int:
-    """:return: the number of CPUs this process may use, which a container or ``taskset`` may have limited"""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

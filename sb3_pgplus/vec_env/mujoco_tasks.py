@@ -13,7 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from sb3_pgplus.vec_env.common import Array
+
 Rows = slice | Array
 """Which simulations: all of them as a slice, or indices."""
 ALL = slice(None)

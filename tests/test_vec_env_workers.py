@@ -1,0 +1,399 @@
+"""Environments in worker processes: the same numbers as DummyVecEnv, and nothing left behind whatever happens."""
+
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.wrappers import TimeLimit
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from vec_env_cases import (
+    CASES,
+    Scripted,
+    ScriptedDict,
+    assert_plays_like_sb3,
+    assert_same,
+    monitored,
+    oracle,
+    play,
+    registered,
+    scripted,
+)
+
+from sb3_pgplus.errors import WorkerError
+from sb3_pgplus.vec_env import WorkersVecEnv
+
+HANGS = 1.0  # a timeout for tests
+
+
+class Breaks(Scripted):
+    """Breaks in its third step, or where else it is told to."""
+
+    def __init__(self, how: str = "", where: str = "step") -> None:
+        super().__init__((10,))
+        self.how, self.where = how, where
+        if where == "constructor":
+            self.break_now()
+
+    def break_now(self) -> None:
+        if self.how == "raise":
+            raise ZeroDivisionError("the robot fell apart")
+        if self.how == "leave":
+            sys.exit(4)
+        if self.how == "exit":
+            os._exit(3)
+        if self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "hang":
+            time.sleep(100)
+
+    def reset(self, **kwargs):
+        if self.where == "reset":
+            self.break_now()
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        if self.where == "step" and self.steps == 2:
+            self.break_now()
+        return super().step(action)
+
+
+class Echo(gym.Env):
+    """Observes the type, shape and sum of its action."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(3), {}
+
+    def step(self, action):
+        return np.array([action.dtype.itemsize, action.ndim, action.sum()]), 0.0, False, False, {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_start_fast():
+    """The server that workers are forked from imports everything once, if no other test has started it yet."""
+    multiprocessing.set_forkserver_preload(["sb3_pgplus.vec_env.worker_process"])
+
+
+@pytest.fixture
+def build():
+    """Make a WorkersVecEnv, and check at the end that its processes are gone."""
+    made: list[WorkersVecEnv] = []
+
+    def make(*args, **kwargs):
+        made.append(WorkersVecEnv(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for env in made:
+        env.close()
+        assert not any(process.is_alive() for process in env._processes)
+
+
+def breaking(how, where="step", at=3, n_envs=4):
+    return [lambda i=i: Breaks(how if i == at else "", where) for i in range(n_envs)]
+
+
+def shared_memory(pid):
+    """The observations' memory among what a process has mapped."""
+    maps = Path(f"/proc/{pid}/maps")
+    if not maps.exists():
+        pytest.skip("the memory map of a process is not in /proc on this system")
+    return [line for line in maps.read_text().splitlines() if "sb3_pgplus" in line and "memfd" in line]
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until_gone(pids, seconds=8.0):
+    deadline = time.monotonic() + seconds
+    while (alive := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive
+
+
+# --- the same numbers as SB3 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_workers_play_bit_for_bit_like_dummy_vec_env(case, build):
+    fns = CASES[case]()
+    assert_plays_like_sb3(build(monitored(fns), n_workers=2), fns, full_infos=False)
+
+
+@pytest.mark.parametrize("n_workers", [1, 3, 9])
+def test_the_number_of_workers_changes_nothing(n_workers, build):
+    fns = scripted((3, 1), (4,), (2, 5), (1,), (6,), cls=ScriptedDict)
+    env = build(monitored(fns), n_workers=n_workers, full_infos=True)
+    assert len(env._processes) == min(n_workers, 5)
+    assert_plays_like_sb3(env, fns, full_infos=True)
+
+
+def test_forked_workers_play_the_same(build):
+    fns = scripted((3, 1), (4,))
+    assert_plays_like_sb3(build(monitored(fns), n_workers=2, start_method="fork"), fns, full_infos=False)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int8])
+def test_environments_get_actions_in_the_type_they_were_given_in(dtype, build):
+    actions = np.array([[0.1, 0.2], [1, 0]]).astype(dtype)
+    ours, theirs = build([Echo, Echo], n_workers=1), DummyVecEnv([Echo, Echo])
+    for env in (ours, theirs):
+        env.reset()
+    assert_same(ours.step(actions)[0], theirs.step(actions)[0])
+
+
+def test_actions_that_do_not_fit_are_refused_and_do_no_harm(build):
+    env = build(scripted((3,), (3,)), n_workers=1)
+    env.reset()
+    for actions in (np.zeros((3, 2)), np.zeros((2, 7)), np.array([None, None])):
+        with pytest.raises(ValueError, match="2 actions of Box"):
+            env.step(actions)
+    env.step(np.zeros((2, 2)))
+
+
+def test_options_and_seeds_reach_the_environments_once(build):
+    env, other = build(scripted((3,), (3,), (3,)), n_workers=2), DummyVecEnv(scripted((3,), (3,), (3,)))
+    for each in (env, other):
+        each.set_options([{"option": i} for i in range(3)])
+        each.seed(8)
+    assert_same(env.reset(), other.reset())
+    assert [info["option"] for info in env.reset_infos] == [0, 1, 2]
+    assert_same(env.reset(), other.reset())
+    assert [info["option"] for info in env.reset_infos] == [0, 0, 0]
+
+
+def test_returned_arrays_stay_what_they_were(build):
+    env = build(scripted((3,), (3,)), n_workers=1)
+    first = env.reset()
+    kept, (observations, rewards, dones, _) = first.copy(), env.step(np.ones((2, 2)))
+    copies = observations.copy(), rewards.copy(), dones.copy()
+    play(env, 5)
+    assert_same([first, observations, rewards, dones], [kept, *copies])
+
+
+# --- the single environments ------------------------------------------------------------------------------------------
+
+
+def test_attributes_methods_and_wrappers_as_in_sb3(build):
+    env = build([lambda: TimeLimit(Scripted((9,)), 5) for _ in range(3)], n_workers=2)
+    env.reset()
+    env.set_attr("tag", 7, indices=[0, 2])
+    assert [env.has_attr("tag"), env.has_attr("lengths")] == [False, True]
+    assert env.get_attr("tag", [2, 0]) == [7, 7]
+    assert env.env_method("shift", 2, scale=3, indices=-1) == [7]
+    assert env.env_is_wrapped(TimeLimit) == [True] * 3
+    assert env.env_is_wrapped(Monitor, 1) == [False]
+    assert env.render().shape == (4, 4, 3)  # three images of 2 × 2 and an empty one
+    with pytest.raises(IndexError):
+        env.get_attr("tag", 3)
+
+
+def test_what_a_method_raises_is_raised_with_its_environment_and_the_workers_live_on(build):
+    env = build(breaking("raise"), n_workers=2)
+    with pytest.raises(AttributeError, match="nothing"):
+        env.get_attr("nothing")
+    with pytest.raises(ZeroDivisionError) as caught:
+        env.env_method("break_now")
+    assert "environment 3" in caught.value.__notes__[0] and "break_now" in caught.value.__notes__[0]
+    assert env.reset().shape == (4, 3)
+
+
+def test_functions_that_share_an_object_get_copies_of_it(build):
+    shared = Scripted((3,))
+    env = build([lambda: shared, lambda: shared], n_workers=1)
+    env.reset()
+    env.set_attr("steps", 2, indices=0)
+    assert env.get_attr("steps") == [2, 0]
+
+
+# --- whatever happens -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how, said", [
+    ("raise", "environment 3 raised an error in step:.*Traceback.*in break_now.*ZeroDivisionError: the robot fell"),
+    ("leave", "environment 3 raised an error in step:.*SystemExit: 4"),
+    ("exit", r"the process of environment 3 ended with exit code 3 in step\."),
+    ("kill", "the process of environment 3 was killed by SIGKILL in step.*memory"),
+    ("hang", r"environment 3 did not finish step within 1 s \(`timeout`\)"),
+])  # fmt: skip
+def test_a_breaking_environment_is_named_and_every_process_ended(how, said, build):
+    env = build(breaking(how), n_workers=2, timeout=HANGS)
+    with pytest.raises(WorkerError, match=f"(?s){said}") as caught:
+        play(env, 5)
+    assert not any(process.is_alive() for process in env._processes)
+    assert type(caught.value.__cause__) is {"raise": ZeroDivisionError, "leave": SystemExit}.get(how, type(None))
+    with pytest.raises(WorkerError, match="closed"):
+        env.reset()
+
+
+@pytest.mark.parametrize("how, where, said", [
+    ("raise", "reset", "environment 0 raised an error in reset"),
+    ("raise", "constructor", "environment 0 raised an error in starting"),
+    ("exit", "constructor", "environment 0 ended with exit code 3 in starting"),
+])  # fmt: skip
+def test_an_environment_that_breaks_early_is_named(how, where, said, build):
+    with pytest.raises(WorkerError, match=said):
+        play(build(breaking(how, where, at=0, n_envs=2), n_workers=2), 5)
+
+
+def test_a_timeout_is_for_one_call_not_for_all_environments_of_a_worker(build):
+    class Slow(Scripted):
+        def step(self, action):
+            time.sleep(0.4)
+            return super().step(action)
+
+    env = build([lambda: Slow((9,)) for _ in range(4)], n_workers=1, timeout=HANGS)
+    play(env, 1)  # 1.6 s
+
+
+def test_a_worker_killed_between_steps_is_reported(build):
+    env = build(scripted((3,), (3,), (3,)), n_workers=2)
+    env.reset()
+    env._processes[1].kill()
+    env._processes[1].join()
+    with pytest.raises(WorkerError, match="environments 1 to 2 was killed by SIGKILL"):
+        env.step(np.zeros((3, 2)))
+
+
+def test_closing_twice_or_in_the_middle_of_a_step_is_fine(build):
+    env = build(scripted((3,), (3,)), n_workers=2)
+    env.reset()
+    env.step_async(np.zeros((2, 2)))
+    env.close()
+    env.close()
+    with pytest.raises(WorkerError, match="closed"):
+        env.step_wait()
+
+
+def test_a_forgotten_object_ends_its_processes_and_frees_its_memory():
+    gc.collect()  # what errors in other tests still refer to
+    before = len(shared_memory("self"))
+    env = WorkersVecEnv(scripted((3,), (3,)), n_workers=2)
+    pids = [process.pid for process in env._processes]
+    assert len(shared_memory("self")) == before + 1
+    del env
+    gc.collect()
+    wait_until_gone(pids)
+    assert len(shared_memory("self")) == before
+
+
+def test_shared_memory_has_no_name_that_could_outlive_the_processes(build):
+    env = build(scripted((3,), (3,)), n_workers=1)
+    [mapping] = shared_memory(env._processes[0].pid)
+    assert mapping.endswith("(deleted)")
+
+
+def test_a_reset_in_the_middle_of_a_step_starts_new_episodes(build):
+    env = build(scripted((3,), (3,)), n_workers=2)
+    env.reset()
+    env.step_async(np.zeros((2, 2)))
+    env.reset()
+    with pytest.raises(RuntimeError, match="step_async"):
+        env.step_wait()
+    assert_same(env.get_attr("steps"), [0, 0])
+
+
+@pytest.mark.parametrize("arguments, said", [({"env_fns": []}, "no environments"), ({"n_workers": 0}, "n_workers")])
+def test_nonsense_is_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        WorkersVecEnv(**({"env_fns": scripted((3,))} | arguments))
+
+
+def test_ctrl_c_interrupts_only_the_parent_and_its_death_ends_the_workers(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import multiprocessing, sys, time
+        import numpy as np
+        from vec_env_cases import Scripted
+        from sb3_pgplus.vec_env import WorkersVecEnv
+
+        class Slow(Scripted):
+            def step(self, action):
+                time.sleep(0.3)
+                return super().step(action)
+
+        if __name__ == "__main__":
+            multiprocessing.set_forkserver_preload(["sb3_pgplus.vec_env.worker_process"])
+            env = WorkersVecEnv([lambda: Slow((9,))] * 4, n_workers=2)
+            env.reset()
+            print(*[process.pid for process in env._processes], flush=True)
+            try:
+                while True:
+                    env.step(np.zeros((4, 2)))
+            except KeyboardInterrupt:
+                env.reset()
+                env.step(np.zeros((4, 2)))
+                print("steps again", *env.get_attr("steps"), flush=True)
+            env.set_attr("steps", 0)
+            while True:
+                env.step(np.zeros((4, 2)))
+    """)
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
+    parent = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+        start_new_session=True,
+    )
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    try:
+        time.sleep(0.2)
+        os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
+        assert parent.stdout.readline() == "steps again 1 1 1 1\n"
+        assert all(is_running(pid) for pid in pids)
+    finally:
+        parent.kill()
+    _, complaints = parent.communicate()
+    wait_until_gone(pids)
+    assert "Traceback" not in complaints
+
+
+# --- with SB3 around it -----------------------------------------------------------------------------------------------
+
+
+def test_sb3_learns_the_same_parameters_as_with_dummy_vec_env(build):
+    def trained(env):
+        env = VecNormalize(env)
+        return PPO("MlpPolicy", env, n_steps=32, batch_size=32, n_epochs=2, seed=1, device="cpu").learn(256)
+
+    fns = registered("Pendulum-v1", 3, max_episode_steps=11)
+    ours, theirs = trained(build(monitored(fns), n_workers=2)), trained(oracle(fns))
+    for name, parameter in theirs.policy.state_dict().items():
+        assert parameter.equal(ours.policy.state_dict()[name]), name
+    assert [record["r"] for record in ours.ep_info_buffer] == [record["r"] for record in theirs.ep_info_buffer]
+
+
+def test_make_vec_env_and_evaluate_policy_work_with_it(recwarn):
+    env = make_vec_env("CartPole-v1", 2, seed=0, vec_env_cls=WorkersVecEnv, vec_env_kwargs={"n_workers": 1})
+    model = PPO("MlpPolicy", env, n_steps=8, batch_size=16, device="cpu")
+    rewards, lengths = evaluate_policy(model, env, n_eval_episodes=3, return_episode_rewards=True)
+    assert rewards == [float(length) for length in lengths]
+    assert not [w for w in recwarn if "Monitor" in str(w.message)]
+    env.close()
