@@ -175,15 +175,15 @@ def test_subproc_runs_one_process_per_copy():
         ("ShortReacher-v0", {"n_envs": 2}, "mujoco"),
         ("gymnasium:Reacher-v5", {"n_envs": 2}, "mujoco"),
         ("Reacher-v5", {"n_envs": 2, "monitor_kwargs": {"info_keywords": ("reward_dist",)}}, "mujoco"),
-        ("Reacher-v5", {"n_envs": 1}, "dummy"),
-        ("MyReacher-v0", {"n_envs": 2}, "dummy"),
-        ("ClippedReacher-v0", {"n_envs": 2}, "dummy"),
-        (reacher, {"n_envs": 2}, "dummy"),
-        (MyReacher, {"n_envs": 2}, "dummy"),
-        ("Reacher-v5", {"n_envs": 2, "wrapper_class": gym.wrappers.ClipAction}, "dummy"),
+        ("Reacher-v5", {"n_envs": 1}, "serial"),
+        ("MyReacher-v0", {"n_envs": 2}, "serial"),
+        ("ClippedReacher-v0", {"n_envs": 2}, "serial"),
+        (reacher, {"n_envs": 2}, "serial"),
+        (MyReacher, {"n_envs": 2}, "serial"),
+        ("Reacher-v5", {"n_envs": 2, "wrapper_class": gym.wrappers.ClipAction}, "serial"),
         ("Reacher-v5", {"n_envs": 2, "vec_env_cls": DummyVecEnv}, "dummy"),
-        ("Reacher-v5", {"n_envs": 2, "env_kwargs": {"render_mode": "depth_array"}}, "dummy"),
-        ("CartPole-v1", {"n_envs": 2}, "dummy"),
+        ("Reacher-v5", {"n_envs": 2, "env_kwargs": {"render_mode": "depth_array"}}, "serial"),
+        ("CartPole-v1", {"n_envs": 2}, "serial"),
     ],
 )
 @pytest.mark.usefixtures("registered")
@@ -220,14 +220,14 @@ def test_an_explicit_mujoco_backend_serves_a_single_copy():
 
 def test_without_mujocos_batch_auto_falls_back_and_the_explicit_choice_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco.batch", None)
-    assert backend_of(make_vec_env("Reacher-v5", 2)) == "dummy"
+    assert backend_of(make_vec_env("Reacher-v5", 2)) == "serial"
     with pytest.raises(ValueError, match=r"MuJoCo 3\.17 or newer.*pip install"):
         make_vec_env("Reacher-v5", 2, backend="mujoco")
 
 
 def test_auto_notices_if_the_installed_versions_differ_in_a_bit(monkeypatch):
     monkeypatch.setattr(mujoco_tasks, "norm", lambda vectors: np.linalg.norm(vectors, axis=1) * (1 + 1e-7))
-    assert backend_of(make_vec_env("Reacher-v5", 2)) == "dummy"
+    assert backend_of(make_vec_env("Reacher-v5", 2)) == "serial"
 
 
 def test_the_choice_and_its_reason_are_logged_and_printed_on_demand(caplog, capsys):
@@ -236,7 +236,7 @@ def test_the_choice_and_its_reason_are_logged_and_printed_on_demand(caplog, caps
         assert capsys.readouterr().out == ""
         make_vec_env("Reacher-v5", 2, verbose=1)
     first, second = (record.getMessage() for record in caplog.records)
-    assert first.startswith("CartPole-v1: 2 copies with backend 'dummy' (not 'mujoco': ") and "none of them" in first
+    assert first.startswith("CartPole-v1: 2 copies with backend 'serial' (not 'mujoco': ") and "none of them" in first
     assert second == "Reacher-v5: 2 copies with backend 'mujoco'" == capsys.readouterr().out.strip()
 
 

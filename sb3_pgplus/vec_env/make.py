@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_pgplus.errors import BackendError
 from sb3_pgplus.vec_env.episodes import MONITOR_ARGUMENTS, EpisodeMonitor
+from sb3_pgplus.vec_env.serial import SerialVecEnv
 
 if TYPE_CHECKING:
     from sb3_pgplus.vec_env.gymnasium_adapter import GymnasiumVecEnv
@@ -142,10 +143,10 @@ def build(request: Request, backend: str) -> tuple[VecEnv, str]:
 
 def build_fastest(request: Request) -> tuple[VecEnv, str]:
     """
-    Take the batch of MuJoCo simulations where it gives the same results, SB3's default elsewhere.
+    Take the batch of MuJoCo simulations where it gives the same results, one copy after the other elsewhere.
 
     :param request: what to build
-    :return: the environments, and the reason if it is SB3's
+    :return: the environments, and the reason if it is not the batch
     """
     try:
         if request.vec_env_cls is not None:
@@ -154,7 +155,7 @@ def build_fastest(request: Request) -> tuple[VecEnv, str]:
             raise BackendError("there is nothing to gain with one copy")
         return _mujoco(request, verify=True), ""
     except BackendError as error:
-        return build_with_sb3(request), f" (not 'mujoco': {error})"
+        return build_with_sb3(request, request.vec_env_cls or SerialVecEnv), f" (not 'mujoco': {error})"
 
 
 def build_with_sb3(request: Request, vec_env_cls: type[VecEnv] | None = None) -> VecEnv:
@@ -175,6 +176,11 @@ def build_with_sb3(request: Request, vec_env_cls: type[VecEnv] | None = None) ->
 def _dummy(request: Request) -> VecEnv:
     refuse_threads(request)
     return build_with_sb3(request, DummyVecEnv)
+
+
+def _serial(request: Request) -> VecEnv:
+    refuse_threads(request)
+    return build_with_sb3(request, SerialVecEnv)
 
 
 def _subproc(request: Request) -> VecEnv:
@@ -226,6 +232,7 @@ def _envpool(request: Request) -> VecEnv:
 
 BACKENDS: dict[str, Callable[[Request], VecEnv]] = {
     "dummy": _dummy,
+    "serial": _serial,
     "subproc": _subproc,
     "workers": _workers,
     "mujoco": _mujoco,
