@@ -185,20 +185,22 @@ class TorchRolloutBuffer(RolloutBuffer):
             if self._rows is not None and isinstance(stored, th.Tensor):
                 self._rows["observations"] = stored.numpy()
         self._write_observations(obs)
-        self._write_row("actions", action.reshape(self.n_envs, self.action_dim))
+        self._write_row("actions", action)
         self._write_row("rewards", reward)
         self._write_row("episode_starts", episode_start)
-        self._write_row("values", value.detach().reshape(-1))
-        self._write_row("log_probs", log_prob.detach().reshape(-1))
+        self._write_row("values", value)
+        self._write_row("log_probs", log_prob)
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
     def _write_row(self, name: str, row: Any) -> None:
-        """Store what one step of all environments brought, ``[N, ...]``, by NumPy where it lies: that is quickest."""
+        """Store what one step of all environments brought, by NumPy where it lies: that is quickest."""
         if self._rows is None:
-            self._storage[name][self.pos].copy_(as_tensor(row))  # type: ignore[index]  # allocated by now
-        else:
-            self._rows[name][self.pos] = row.numpy() if isinstance(row, th.Tensor) else row
+            stored = self._storage[name][self.pos]  # type: ignore[index]  # allocated by now
+            stored.copy_(as_tensor(row).detach().reshape(stored.shape))
+            return
+        stored = self._rows[name][self.pos]
+        stored[:] = (row.detach().numpy() if isinstance(row, th.Tensor) else row).reshape(stored.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}  # a copy's views would still be the original's

@@ -1,15 +1,22 @@
 """Metrics of one ``train()``: tensors are collected, the device is read once."""
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch as th
 
+
+def _max(values: Any) -> Any:
+    return values.max() if isinstance(values, th.Tensor) else max(values)
+
+
 #: Metrics that are not a mean over all minibatches: name → function of the collected values ``[n]``.
-_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
+_REDUCTIONS: dict[str, Callable[[Any], Any]] = {
     "train/loss": lambda values: values[-1],  # as in SB3: the last minibatch
-    "train/approx_kl_max": th.max,
-    "train/grad_norm_max": th.max,
+    "train/approx_kl_max": _max,
+    "train/grad_norm_max": _max,
 }
 
 
@@ -38,11 +45,22 @@ class Metrics:
 
         :return: logger key → number
         """
-        if not self._values:
-            return {}
-        stacked = {name: _stack(values) for name, values in self._values.items()}
-        reduced = [_REDUCTIONS.get(name, th.mean)(values) for name, values in stacked.items()]
-        return dict(zip(self._values, th.stack(reduced).tolist(), strict=True))
+        numbers = {name: values for name, values in self._values.items() if _are_numbers(values)}
+        tensors = {name: _stack(values) for name, values in self._values.items() if name not in numbers}
+        reduced = {name: float(_REDUCTIONS.get(name, _mean)(values)) for name, values in numbers.items()}
+        if tensors:
+            on_device = [_REDUCTIONS.get(name, th.mean)(values) for name, values in tensors.items()]
+            reduced |= dict(zip(tensors, th.stack(on_device).tolist(), strict=True))
+        return {name: reduced[name] for name in self._values}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _are_numbers(values: list[th.Tensor | float]) -> TypeGuard[list[float]]:
+    """Whether no device has to be asked (a compiled update gives numbers, an eager one tensors)."""
+    return not any(isinstance(value, th.Tensor) for value in values)
 
 
 def _stack(values: list[th.Tensor | float]) -> th.Tensor:

@@ -7,6 +7,7 @@ import inspect
 import math
 import operator
 import time
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
@@ -31,7 +32,7 @@ from sb3_pgplus.building import ModelBuilding, normalized_outside
 from sb3_pgplus.construction import PLUMBING, bind, signature_of
 from sb3_pgplus.engine import Engine
 from sb3_pgplus.errors import HyperparameterError, warn_user
-from sb3_pgplus.guards import check_finite_policy, check_finite_step, without_distribution_checks
+from sb3_pgplus.guards import check_finite_step, without_distribution_checks
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.persistence import Persistence
@@ -310,6 +311,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
         on_device = self._trains_on_tensors_of(env)
+        to_environment = self._action_converter(on_device)
         with th.no_grad():
             policy_step = self._engine.policy_step(self.policy, self._observation_tensor())
         self._value_function = getattr(policy_step, "values", self.policy.predict_values)
@@ -321,13 +323,12 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
                 obs_tensor = self._observation_tensor()
                 actions, values, log_probs = policy_step(obs_tensor)
             if not on_device:
-                check_finite_policy(log_probs, self.policy)
                 actions = actions.cpu().numpy()
-            clipped_actions = self._environment_actions(actions)
+            clipped_actions = to_environment(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
             if not on_device:
-                check_finite_step(new_obs, rewards, self.num_timesteps // env.num_envs)
+                check_finite_step(new_obs, rewards, self.num_timesteps // env.num_envs, policy=self.policy)
 
             # Callbacks read these local variables under SB3's names.
             callback.update_locals(locals())
@@ -348,7 +349,10 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
 
     def _observation_tensor(self) -> Any:
         """The last observations on the training device."""
-        return map_observations(self._last_obs, lambda x: th.as_tensor(x, device=self.device))
+        observations: Any = self._last_obs
+        if isinstance(observations, np.ndarray):
+            return th.as_tensor(observations, device=self.device)
+        return map_observations(observations, lambda x: th.as_tensor(x, device=self.device))
 
     def _trains_on_tensors_of(self, env: VecEnv) -> bool:
         """Whether the environments take and give tensors of the training device."""
@@ -356,17 +360,22 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
             return False
         return env.device.type == th.device(self.device).type and isinstance(self.rollout_buffer, TorchRolloutBuffer)
 
-    def _environment_actions(self, actions: Any) -> Any:
-        """What the environment gets for what the policy sampled, an array or a tensor."""
+    def _action_converter(self, on_device: bool) -> Callable[[Any], Any]:
+        """
+        What makes the environments' actions of those that the policy sampled.
+
+        :param on_device: of tensors; otherwise of NumPy arrays
+        """
         if not isinstance(self.action_space, spaces.Box):
-            return actions
+            return lambda actions: actions
         if self.policy.squash_output:
-            return self.policy.unscale_action(actions)
+            return self.policy.unscale_action
         low, high = self.action_space.low, self.action_space.high
-        if isinstance(actions, th.Tensor):
-            return actions.clamp(*(th.as_tensor(bound, device=actions.device) for bound in (low, high)))
+        if on_device:
+            bounds = [th.as_tensor(bound, device=self.device) for bound in (low, high)]
+            return lambda actions: actions.clamp(*bounds)
         # The two halves of np.clip: without its Python wrapper they take a third of the time.
-        return np.minimum(np.maximum(actions, low), high)
+        return lambda actions: np.minimum(np.maximum(actions, low), high)
 
     def _policy_actions(self, actions: th.Tensor) -> th.Tensor:
         """What ``evaluate_actions`` takes for what a buffer stores."""

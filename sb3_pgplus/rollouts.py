@@ -110,8 +110,6 @@ class RolloutProcessing(_Base):
         if not bool(th.stack([x.isfinite().all() for x in (*arrays, buffer.tensor("rewards"))]).all()):
             self._name_nonfinite_step(buffer)
 
-        check_finite_policy(buffer.tensor("log_probs"), self.policy)
-
     def _name_nonfinite_step(self, buffer: TorchRolloutBuffer) -> None:
         first_step = self.num_timesteps // self.n_envs - buffer.buffer_size
         for step in range(buffer.buffer_size):
@@ -133,6 +131,7 @@ class RolloutProcessing(_Base):
     def _finish_rollout(self, buffer: RolloutBuffer, hp: PolicyGradientHparams) -> None:
         """Everything between the last step of a rollout and ``on_rollout_end``."""
         self._read_device(buffer)
+        check_finite_policy(stored_field(buffer, "log_probs"), self.policy)
         self._rollout_end.last_observations = map_observations(
             self._last_obs, lambda x: th.as_tensor(x, device=self.device)
         )

@@ -25,20 +25,18 @@ def noise_of(action_space: spaces.Space[Any], n_envs: int, device: th.device) ->
     :raises TypeError: on a space that SB3's policies do not know
     """
     if isinstance(action_space, spaces.Box):
-        shape = (n_envs, int(np.prod(action_space.shape)))
-        return [lambda: th.randn(shape, device=device)]
+        return [_reused(n_envs, int(np.prod(action_space.shape)), device).normal_]
     if isinstance(action_space, spaces.MultiBinary):
-        shape = (n_envs, int(np.prod(action_space.shape)))
-        return [lambda: th.rand(shape, device=device)]
+        return [_reused(n_envs, int(np.prod(action_space.shape)), device).uniform_]
     if isinstance(action_space, spaces.Discrete):
-        return [_exponential(n_envs, int(action_space.n), device)]
+        return [_reused(n_envs, int(action_space.n), device).exponential_]
     if isinstance(action_space, spaces.MultiDiscrete):
-        return [_exponential(n_envs, int(n), device) for n in action_space.nvec]
+        return [_reused(n_envs, int(n), device).exponential_ for n in action_space.nvec]
     raise TypeError(f"no noise is known for {action_space}")
 
 
-def _exponential(n_envs: int, n_actions: int, device: th.device) -> Draw:
-    return lambda: th.empty((n_envs, n_actions), device=device).exponential_()
+def _reused(n_envs: int, size: int, device: th.device) -> th.Tensor:
+    return th.empty((n_envs, size), device=device)  # every step draws into the same memory
 
 
 def sample(distribution: Distribution, noise: list[th.Tensor]) -> th.Tensor:
