@@ -161,8 +161,9 @@ def test_a_profiled_training_learns_what_an_ordinary_one_learns() -> None:
     assert all(th.equal(a, b) for a, b in pairs)
 
 
-def test_short_rollouts_are_measured_more_often() -> None:
-    model = PPOPlus("MlpPolicy", "CartPole-v1", n_steps=1024, batch_size=1024, n_epochs=1, device="cpu")
+def test_short_rollouts_are_measured_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "_STEPS", 64)
+    model = PPOPlus("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, n_epochs=1, device="cpu")
     assert profile_model(model, n_timesteps=1, n_rollouts=None, warm_up=1).n_rollouts == 8
 
 
