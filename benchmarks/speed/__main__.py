@@ -87,7 +87,8 @@ class Benchmark:
     def n_runs(self, case: Case) -> int:
         """Runs of a case in all."""
         numbers = [len(self.variants(case, library)) for library in self.libraries(case)]
-        return self.options.pilots * sum(n for n in numbers if n > 1) + self.options.rounds * len(numbers)
+        total: int = self.options.pilots * sum(n for n in numbers if n > 1) + self.options.rounds * len(numbers)
+        return total
 
     def measure(self, case: Case) -> None:
         """All runs of a case: pilots, then rounds with each library's fastest variant."""

@@ -37,7 +37,7 @@ def our_environments(spec: dict[str, Any]) -> Any:
 def stock_class(spec: dict[str, Any]) -> Any:
     """The algorithm's class in another library."""
     if spec["library"] == SBX:
-        import sbx
+        import sbx  # type: ignore[import-not-found]
 
         return {"ppo": sbx.PPO}[spec["algo"]]
     if spec["library"] == CONTRIB:
