@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -371,6 +373,23 @@ def test_a_way_that_fails_leaves_the_library_its_other_ways(monkeypatch: pytest.
     benchmark(monkeypatch, tmp_path, execute).measure(CHEETAH)
     rounds = report.rounds_of(report.stored_runs(tmp_path), CHEETAH.name, SB3)
     assert {index: run["variant"] for index, run in rounds.items()} == dict.fromkeys((1, 2), "SB3-dummy-2")
+
+
+def test_a_script_is_measured_by_the_lines_it_prints(tmp_path: Path) -> None:
+    script = tmp_path / "ppo.py"
+    script.write_text("import sys\nfor i in range(10**6):\n    print('SPS:', i, sys.argv[1])\n", encoding="utf-8")
+    spec = {
+        **CASES["ppo-halfcheetah-1x2048"].spec(),
+        **{"library": CLEANRL, "python": sys.executable, "script": str(script), "seed": 1, "seconds": 0.1},
+        **{"result": str(tmp_path / "result.json"), "spawned_at": time.time()},
+    }
+    result: Any = command.execute(spec, dict(os.environ))
+    assert result["steps"] > 0 and result["steps"] % 2048 == 0 and result["seconds"] >= 0.1
+
+    script.write_text("raise SystemExit('no such option')", encoding="utf-8")
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(command.RunError, match="the script ended early: no such option"):
+        command.execute(spec, dict(os.environ))
 
 
 def test_a_failed_installation_says_the_last_line_without_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

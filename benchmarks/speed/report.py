@@ -284,10 +284,11 @@ def draw(all_rows: Sequence[Row], path: pathlib.Path) -> None:
             axes.text(row.ratio.high, y, label, va="center", fontsize=8)
         middles = [[y for y, row in zip(positions, shown, strict=True) if row.case == case] for case in cases]
         axes.set_yticks([sum(ys) / len(ys) for ys in middles], cases)
+        axes.margins(y=0.02)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.4 * max(row.ratio.high for row in shown if row.ratio))
         axes.axvline(1.0, color="#8a8f98", linewidth=0.8, linestyle=":")
-        axes.set_xlabel("training speed relative to SB3 (TRPO: sb3-contrib); median and range of the rounds")
+        axes.set_xlabel("× SB3's speed (TRPO: sb3-contrib's), median and range")
         axes.spines[["top", "right"]].set_visible(False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", metadata={"Date": None})
