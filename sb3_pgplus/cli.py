@@ -198,6 +198,7 @@ def profile(
     env: Annotated[str | None, typer.Option("--env", help="Environment id; package:MyEnv-v0 for your own.")] = None,
     algo: Annotated[str | None, typer.Option("--algo", help="ppoplus (default), a2cplus or trpoplus.")] = None,
     n_envs: Annotated[int | None, typer.Option("--n-envs", help="Environments side by side.")] = None,
+    backend: Backend = None,
     compiled: Annotated[
         str | None, typer.Option("--compile", help="auto, true or false; auto decides for the whole training.")
     ] = None,
@@ -228,6 +229,7 @@ def profile(
             config=config,
             overrides=[*(overrides or []), *([] if compiled is None else [f"compile={compiled}"])],
             n_envs=n_envs,
+            backend=backend,
             n_timesteps=n_timesteps,
             seed=seed,
         )

@@ -57,21 +57,43 @@ class PhaseClock:
         :param function: any
         """
 
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            self._charge()
-            self._stack.append(phase)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._charge()
-                self._stack.pop()
+        return _Timed(self, phase, function)
 
-        return wrapper
+    def enter(self, phase: str) -> None:
+        """
+        A phase begins, inside the one it is now.
+
+        :param phase: one of ``PHASES``
+        """
+        self._charge()
+        self._stack.append(phase)
+
+    def leave(self) -> None:
+        """The phase that began last is over."""
+        self._charge()
+        self._stack.pop()
 
     def _charge(self) -> None:
         now = time.perf_counter()
         self.seconds[self._stack[-1]] += now - self._since
         self._since = now
+
+
+class _Timed:
+    """A function or object that counts as a phase when it is called, and is what it was in everything else."""
+
+    def __init__(self, clock: PhaseClock, phase: str, function: Callable[..., Any]) -> None:
+        self._clock, self._phase, self._function = clock, phase, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._clock.enter(self._phase)
+        try:
+            return self._function(*args, **kwargs)
+        finally:
+            self._clock.leave()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
 
 
 @dataclass(frozen=True)
@@ -224,7 +246,7 @@ def profile(
     :raises ConfigError: if the settings are impossible
     :raises TrainingError: if training itself raises
     """
-    env = make_environments(settings.environment, n_envs=settings.n_envs, seed=settings.seed)
+    env = make_environments(settings.environment, n_envs=settings.n_envs, seed=settings.seed, backend=settings.backend)
     try:
         model = build_model(settings, env, device=device)
         size = f"{model.n_envs} × {model.n_steps} steps"

@@ -92,8 +92,14 @@ def test_a_restart_inside_a_phase_goes_on_counting_it(monkeypatch: pytest.Monkey
     assert clock.read()["update"] == 2
 
 
-def test_what_is_timed_gives_its_result_and_takes_its_arguments() -> None:
-    assert PhaseClock().timed("buffer", lambda a, b: (a, b))(1, b=2) == (1, 2)
+def test_what_is_timed_gives_its_result_takes_its_arguments_and_keeps_its_attributes() -> None:
+    def function(a: int, b: int) -> tuple[int, int]:
+        return a, b
+
+    function.values = "kept"  # type: ignore[attr-defined]
+    timed: Any = PhaseClock().timed("buffer", function)
+    assert timed(1, b=2) == (1, 2)
+    assert timed.values == "kept" and not hasattr(timed, "other")
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
