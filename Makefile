@@ -9,7 +9,7 @@ ALGO = ppoplus
 ENV = HalfCheetah-v5
 STEPS = 1000000
 SEED = 0
-# Anything to append to the command behind train, test, conformance or learning.
+# Anything to append to the command behind train, benchmark, test, conformance or learning.
 ARGS =
 
 PYTHON = python3
@@ -59,6 +59,10 @@ $(STAMP): pyproject.toml constraints.txt
 .PHONY: train
 train: $(STAMP) ## train, evaluate, leave a run folder: ALGO=ppoplus ENV=HalfCheetah-v5 STEPS=1000000 SEED=0
 	@$(LIMIT_THREADS) $(BIN)/sb3-pgplus train --algo $(ALGO) --env $(ENV) --n-timesteps $(STEPS) --seed $(SEED) $(ARGS)
+
+.PHONY: benchmark
+benchmark: $(STAMP) ## speed beside SB3, sb3-contrib, SBX and rlox (hours; a stopped one continues); ARGS=--quick tries it
+	@$(BIN)/python -m benchmarks.speed $(ARGS)
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 

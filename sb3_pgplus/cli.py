@@ -1,5 +1,5 @@
 """
-The command ``sb3-pgplus train|evaluate|enjoy``; ``python -m sb3_pgplus.cli`` is the same.
+The command ``sb3-pgplus train|evaluate|enjoy|profile``; ``python -m sb3_pgplus.cli`` is the same.
 
 Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answers at once.
 """
@@ -190,6 +190,56 @@ def enjoy(
         else:
             evaluation = playing.watch(loaded, n_episodes=n_episodes, seed=start, deterministic=not stochastic)
         console.print(_table(evaluation))
+
+
+@app.command()
+def profile(
+    *,
+    env: Annotated[str | None, typer.Option("--env", help="Environment id; package:MyEnv-v0 for your own.")] = None,
+    algo: Annotated[str | None, typer.Option("--algo", help="ppoplus (default), a2cplus or trpoplus.")] = None,
+    n_envs: Annotated[int | None, typer.Option("--n-envs", help="Environments side by side.")] = None,
+    backend: Backend = None,
+    compiled: Annotated[
+        str | None, typer.Option("--compile", help="auto, true or false; auto decides for the whole training.")
+    ] = None,
+    n_timesteps: Annotated[
+        float | None, typer.Option("--n-timesteps", help="Length of the whole training.", show_default=False)
+    ] = None,
+    n_rollouts: Annotated[
+        int | None, typer.Option("--n-rollouts", min=1, help="Rollouts to measure; by default 5, or more short ones.")
+    ] = None,
+    warm_up: Annotated[int, typer.Option("--warm-up", min=1, help="Rollouts before that; compiling is there.")] = 2,
+    seed: Annotated[int | None, typer.Option("--seed", help="Random seed; by default 0.", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML settings, as for train.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, as for train.")
+    ] = None,
+    device: Device = "auto",
+    num_threads: Annotated[int | None, typer.Option("--num-threads", min=1, help="Torch's CPU threads.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Train a few rollouts and show where the time goes."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.configs import resolve_settings
+        from sb3_pgplus.profiling import profile as run_profile
+
+        settings = resolve_settings(
+            algo=algo,
+            env=env,
+            config=config,
+            overrides=[*(overrides or []), *([] if compiled is None else [f"compile={compiled}"])],
+            n_envs=n_envs,
+            backend=backend,
+            n_timesteps=n_timesteps,
+            seed=seed,
+        )
+        console = Console()
+        with console.status("Training a few rollouts …"):
+            measured = run_profile(
+                settings, n_rollouts=n_rollouts, warm_up=warm_up, device=device, num_threads=num_threads
+            )
+        console.print(measured.table())
+        console.print(measured.summary(), highlight=False, markup=False, soft_wrap=True)
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

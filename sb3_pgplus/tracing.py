@@ -146,7 +146,6 @@ class Tensors:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._parts = _Parts(modules)
         named: dict[str, th.Tensor] = {**dict(self._parts.named_parameters()), **dict(self._parts.named_buffers())}
-        self._names = list(named)
         #: The tensors themselves.
         self.values = list(named.values())
 
@@ -156,8 +155,16 @@ class Tensors:
 
         :param values: in the order of :attr:`values`
         """
-        replacement = dict(zip(self._names, values, strict=True))
-        return th.func.functional_call(self._parts, replacement, (function, *args))
+        new = {id(old): value for old, value in zip(self.values, values, strict=True)}
+        # A module with several names, as the features extractor of a stock policy, is one place here: with two, putting
+        # the tensors back would leave the replacement in the second.
+        replacement = {
+            f"{prefix}.{name}": new[id(tensor)]
+            for prefix, module in self._parts.named_modules()
+            for name, tensor in {**module._parameters, **module._buffers}.items()
+            if tensor is not None
+        }
+        return th.func.functional_call(self._parts, replacement, (function, *args), tie_weights=False)
 
 
 def compile_function(

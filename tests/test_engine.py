@@ -417,6 +417,27 @@ def test_replaced_tensors_are_back_afterwards() -> None:
     assert net.weight is weight
 
 
+def test_a_module_with_two_names_gets_its_tensors_back_too() -> None:
+    # torch's functional_call alone leaves the replacement in it. Stock policies hold their features extractor so.
+    net = nn.ModuleDict({"first": nn.Linear(2, 1)})
+    net["second"] = net["first"]
+    weight = net["first"].weight
+    tensors = Tensors({"net": net})
+    outputs = tensors.replaced([th.ones(1, 2), th.ones(1)], lambda x: net["second"](x), th.ones(1, 2))
+    assert float(outputs) == 3.0
+    assert net["first"].weight is weight is net["second"].weight
+
+
+def test_a_tensor_in_two_places_is_replaced_in_both() -> None:
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    net[1].weight = net[0].weight
+    weight = net[0].weight
+    tensors = Tensors({"net": net})
+    assert len(tensors.values) == 1
+    assert float(tensors.replaced([th.full((1, 1), 3.0)], net, th.ones(1, 1))) == 9.0
+    assert net[0].weight is weight is net[1].weight
+
+
 def test_no_noise_is_known_for_a_tuple() -> None:
     with pytest.raises(TypeError, match="no noise is known for"):
         noise_of(spaces.Tuple([spaces.Discrete(2)]), 1, th.device("cpu"))
