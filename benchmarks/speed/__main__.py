@@ -271,7 +271,7 @@ def parsed_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds, options.pilots = 1, 1.0, 0
-        options.store = CACHE / "quick"
+        options.store = CACHE / "quick" if options.store == STORE else options.store
     if options.cleanrl:
         options.cleanrl = options.cleanrl.resolve()
     options.store = options.store.resolve()
