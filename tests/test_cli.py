@@ -110,7 +110,7 @@ def test_the_start_names_settings_and_changes_the_end_names_results_and_commands
     output = unwrapped(trained[1])
     for text in (
         "PPOPlus on CartPole-v1",
-        "1,000 in 2 environments (dummy), seed 3",
+        "1,000 in 2 environments (serial), seed 3",
         "zoo_configs/ppoplus.yml, block CartPole-v1",
         "n_steps=64 (2048)",
         "n_epochs=1 (10)",

@@ -111,7 +111,6 @@ def test_a_rollout_does_not_look_at_the_device_per_step(monkeypatch: pytest.Monk
     for n_steps in (16, 64):
         model = A2CPlus("MlpPolicy", Walk(), seed=1, device="cpu", n_steps=n_steps, bootstrap_truncated=False)
         _, callback = model._setup_learn(10_000)
-        monkeypatch.setattr(model, "_environment_actions", lambda actions: actions)  # clamping checks its bounds
         seen.clear()
         with without_distribution_checks():
             model.collect_rollouts(model.env, callback, model.rollout_buffer, n_steps)
