@@ -22,6 +22,7 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from torch import nn
+from torch.nn.modules import module as module_hooks
 
 from sb3_pgplus.policies import NormalizesObservations, ObservationNormalizer, RunningMoments, submodules
 
@@ -52,6 +53,8 @@ def check_policy(policy: nn.Module) -> None:
     :param policy: any
     :raises UntraceableError: saying what stands in the way
     """
+    if _has_global_hooks():
+        raise UntraceableError("there are hooks on all modules")
     policy_class = policy.policy_class if isinstance(policy, NormalizesObservations) else type(policy)
     if policy_class not in _POLICIES:
         raise UntraceableError(f"{policy_class.__name__} is not one of SB3's own policies")
@@ -65,6 +68,12 @@ def check_policy(policy: nn.Module) -> None:
         _check_unwatched(name or "the policy", module)
 
 
+def _has_global_hooks() -> bool:
+    """Whether somebody registered hooks for all modules there are."""
+    hooks = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
+    return any((*hooks, module_hooks._global_backward_hooks, module_hooks._global_backward_pre_hooks))
+
+
 def _check_unwatched(name: str, module: nn.Module) -> None:
     """Refuse hooks and methods that somebody replaced on the object."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
@@ -73,7 +82,7 @@ def _check_unwatched(name: str, module: nn.Module) -> None:
         if callable(value) and not isinstance(value, type) and callable(getattr(type(module), attribute, None)):
             raise UntraceableError(f"{name}.{attribute} was replaced")
     for parameter in module.parameters(recurse=False):
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise UntraceableError(f"a parameter of {name} has hooks")
 
 
@@ -103,7 +112,7 @@ def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[in
     :return: everything plain that the trace bakes in (types, modes, numbers, what is frozen, shapes, devices), and the
         identities of the tensors
     """
-    plain: list[Any] = []
+    plain: list[Any] = [_has_global_hooks()]
     identities: list[int] = []
     for module in submodules(*modules):
         attributes = module.__dict__
@@ -112,13 +121,8 @@ def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[in
         plain += [value for value in attributes.values() if type(value) in _PLAIN]
         for tensor in (*attributes["_parameters"].values(), *attributes["_buffers"].values()):
             if tensor is not None:
-                plain += (
-                    tensor.requires_grad,
-                    tensor.shape,
-                    tensor.dtype,
-                    tensor.device,
-                    tensor._backward_hooks is None,
-                )
+                plain += (tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device)
+                plain += (tensor._backward_hooks is None, tensor._post_accumulate_grad_hooks is None)
                 identities.append(id(tensor))
     return tuple(plain), tuple(identities)
 

@@ -252,6 +252,25 @@ def test_a_hook_added_between_two_updates_is_called_for_every_minibatch() -> Non
     assert len(calls) >= 32 + 4  # steps of the rollout and minibatches
 
 
+@pytest.mark.parametrize("where", ["parameter", "accumulated", "everywhere"])
+def test_other_hooks_added_between_two_updates_are_called(where: str) -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True).learn(ITERATION)
+    calls: list[int] = []
+    weight = model.policy.value_net.weight
+    register: Any = {
+        "parameter": weight.register_hook,
+        "accumulated": weight.register_post_accumulate_grad_hook,
+        "everywhere": nn.modules.module.register_module_forward_hook,
+    }[where]
+    handle = register(lambda *_: calls.append(1))
+    try:
+        model.learn(ITERATION, reset_num_timesteps=False)
+    finally:
+        handle.remove()
+    assert "hooks" in model.engine_report()
+    assert len(calls) >= 4  # minibatches
+
+
 def test_a_plain_attribute_that_changes_after_compiling_takes_effect() -> None:
     def slopes(compile: bool) -> Any:
         kwargs = {**PPO, "activation_fn": "leaky_relu", "compile": compile}
