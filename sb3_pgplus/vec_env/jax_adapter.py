@@ -66,8 +66,8 @@ class JaxVecEnv(TensorVecEnv):
 
     def step_tensors(self, actions: th.Tensor) -> TensorStep:
         """:param actions: ``[N, ...]``"""
-        actions = jnp.from_dlpack(actions.detach().contiguous())
-        self._key, self._state, self._ages, results = self._step(self._key, self._state, self._ages, actions)
+        inputs = jnp.from_dlpack(actions.detach().contiguous())
+        self._key, self._state, self._ages, results = self._step(self._key, self._state, self._ages, inputs)
         return TensorStep(*map(_to_torch, results))
 
 
