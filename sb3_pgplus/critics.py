@@ -51,6 +51,11 @@ class StockCritic:
         head = {id(tensor) for layer in layers for tensor in (layer.weight, layer.bias)}
         return cls(policy, layers) if moving == head and moving.isdisjoint(map(id, extractor.parameters())) else None
 
+    @property
+    def has_learned_features(self) -> bool:
+        """Whether features take a network of their own, as those of images do."""
+        return any(True for _ in self.policy.vf_features_extractor.parameters())
+
     @th.no_grad()
     def features(self, observations: PyTorchObs) -> th.Tensor:
         """

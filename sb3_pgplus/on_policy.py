@@ -27,7 +27,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_pgplus.buffers import RolloutEnd, TorchRolloutBuffer, map_observations
+from sb3_pgplus.buffers import RolloutEnd, TorchRolloutBuffer
 from sb3_pgplus.building import ModelBuilding, normalized_outside
 from sb3_pgplus.construction import PLUMBING, bind, signature_of
 from sb3_pgplus.engine import Engine
@@ -346,13 +346,6 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
-
-    def _observation_tensor(self) -> Any:
-        """The last observations on the training device."""
-        observations: Any = self._last_obs
-        if isinstance(observations, np.ndarray):
-            return th.as_tensor(observations, device=self.device)
-        return map_observations(observations, lambda x: th.as_tensor(x, device=self.device))
 
     def _trains_on_tensors_of(self, env: VecEnv) -> bool:
         """Whether the environments take and give tensors of the training device."""

@@ -85,6 +85,13 @@ class RolloutProcessing(_Base):
     def _policy_actions(self, actions: th.Tensor) -> th.Tensor:
         raise NotImplementedError
 
+    def _observation_tensor(self) -> Any:
+        """The last observations on the training device."""
+        observations: Any = self._last_obs
+        if isinstance(observations, np.ndarray):
+            return th.as_tensor(observations, device=self.device)
+        return map_observations(observations, lambda x: th.as_tensor(x, device=self.device))
+
     def _keep_episode_ends(self, step: int, dones: Any, infos: Any) -> None:
         """Remember the statistics and the final observations of the episodes that ended in a step."""
         if isinstance(infos, TensorInfos):  # on the device, where looking would wait for it
@@ -132,9 +139,7 @@ class RolloutProcessing(_Base):
         """Everything between the last step of a rollout and ``on_rollout_end``."""
         self._read_device(buffer)
         check_finite_policy(stored_field(buffer, "log_probs"), self.policy)
-        self._rollout_end.last_observations = map_observations(
-            self._last_obs, lambda x: th.as_tensor(x, device=self.device)
-        )
+        self._rollout_end.last_observations = self._observation_tensor()
         self._rollout_end.last_dones = self._last_episode_starts
         # Rollout 1 was collected on raw observations. It is merged first and evaluated again, so that its update sees
         # normalised ones; later rollouts are merged when the next one begins, so that statistics are constant from a

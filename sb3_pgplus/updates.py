@@ -162,7 +162,9 @@ class GradientUpdates(_Base):
         if not own or n_epochs < 1:
             return
         buffer, critic = self.rollout_buffer, StockCritic.of(self.policy, own)
-        if critic is not None and isinstance(buffer, TorchRolloutBuffer) and not self._engine.wants("critic update"):
+        # A graph computes features anew for every minibatch, which for images costs more than it saves.
+        prefers_graph = self._engine.wants("critic update") and not (critic and critic.has_learned_features)
+        if critic is not None and isinstance(buffer, TorchRolloutBuffer) and not prefers_graph:
             self._fit_stock_critic(critic, buffer, own, n_epochs, hp, critic_loss, metrics)
             return
 

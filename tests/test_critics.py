@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
@@ -332,3 +333,14 @@ def test_training_is_the_same_either_way(name: str, monkeypatch: pytest.MonkeyPa
     for model in (short, long):  # the critic's own epochs did something
         steps = [float(state["step"]) for state in model.policy.optimizer.state.values()]
         assert len(set(steps)) == (2 if isinstance(model, PPOPlus) else 1) and max(steps) >= 3 * 4 * 4
+
+
+def test_a_compiled_critic_does_not_compute_features_of_images_for_every_minibatch() -> None:
+    model = TRPOPlus(
+        "CnnPolicy", FakeImageEnv(), n_steps=16, batch_size=8, n_critic_updates=3, device="cpu", compile=True
+    )
+    calls: list[int] = []
+    original = model._fit_stock_critic
+    model._fit_stock_critic = lambda *args: calls.append(1) or original(*args)  # type: ignore[method-assign,func-returns-value]  # to see the call
+    model.learn(16)
+    assert calls == [1]
