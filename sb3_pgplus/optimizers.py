@@ -1,7 +1,8 @@
 """Steps of torch's optimisers with less overhead: for small networks it is most of an update's time."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch as th
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -49,10 +50,7 @@ def _lean_work(
     optimizer: th.optim.Optimizer,
 ) -> list[tuple[dict[str, Any], list[th.Tensor], list[dict[str, Any]]]] | None:
     """Groups with their parameters that have gradients and their states; None if torch's own method has to step."""
-    if type(optimizer) not in _KERNELS or "step" in optimizer.__dict__:
-        return None
-    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    if any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
+    if _is_watched(optimizer):
         return None
     work = []
     for group in optimizer.param_groups:
@@ -63,6 +61,13 @@ def _lean_work(
         if parameters:
             work.append((group, parameters, states))
     return work
+
+
+def _is_watched(optimizer: th.optim.Optimizer) -> bool:
+    """Whether its ``step`` is not simply torch's Adam's or RMSprop's."""
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    is_hooked = any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
+    return is_hooked or type(optimizer) not in _KERNELS or "step" in optimizer.__dict__
 
 
 def _is_plain(kind: type[th.optim.Optimizer], group: dict[str, Any]) -> bool:
@@ -125,3 +130,84 @@ def _count_up(states: list[dict[str, Any]]) -> None:
         for state, view in zip(states, base.unbind(), strict=True):
             state["step"] = view
     base += 1
+
+
+# --- a step as a function of tensors ----------------------------------------------------------------------------------
+
+#: What torch's RMSprop keeps of each parameter.
+_RMSPROP_STATE = ("step", "square_avg")
+#: Entries of a parameter group that are no settings of the step's formula.
+_NO_SETTINGS = ("params", "lr", "initial_lr")
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """
+    A plain RMSprop's step on some parameters as a function of tensors, which a trace can contain.
+
+    Adam has none: torch steps it with one kernel of its own, which a compiler does not beat.
+
+    :param key: what the function depends on besides tensors: settings, which parameter has which
+    """
+
+    key: Hashable
+    _optimizer: th.optim.Optimizer
+    _parameters: Sequence[th.Tensor]
+    #: Index of each parameter's group.
+    _group_of: tuple[int, ...]
+
+    @classmethod
+    def of(cls, optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor]) -> Self | None:
+        """
+        The rule of an optimiser. States that torch makes at a parameter's first step are made now.
+
+        :param optimizer: any
+        :param parameters: those that are stepped
+        :return: None if the optimiser has to make its steps itself
+        """
+        groups, kind = optimizer.param_groups, type(optimizer)
+        if kind is not th.optim.RMSprop or _is_watched(optimizer):
+            return None
+        if not all(_is_plain(kind, group) and isinstance(group["lr"], float) for group in groups):
+            return None
+        index = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        if not all(id(p) in index and p.device.type == "cpu" for p in parameters):  # where torch's step counters are
+            return None
+        for parameter in parameters:
+            if not optimizer.state.get(parameter):
+                counter = th.zeros((), dtype=th.float64 if th.get_default_dtype() is th.float64 else th.float32)
+                optimizer.state[parameter] = {"step": counter, "square_avg": th.zeros_like(parameter.detach())}
+        group_of = tuple([index[id(p)] for p in parameters])
+        settings = repr([(k, v) for group in groups for k, v in group.items() if k not in _NO_SETTINGS])
+        return cls((group_of, settings), optimizer, parameters, group_of)
+
+    def states(self) -> list[th.Tensor]:
+        """The optimiser's own tensors, parameter after parameter, as they are now: a step may put others in place."""
+        states = self._optimizer.state
+        return [states[parameter][name] for parameter in self._parameters for name in _RMSPROP_STATE]
+
+    def rates(self) -> list[float]:
+        """The learning rate of each group as it is now."""
+        return [group["lr"] for group in self._optimizer.param_groups]
+
+    def stepped(
+        self, parameters: Sequence[th.Tensor], gradients: Sequence[th.Tensor], states: Sequence[th.Tensor], rates: Any
+    ) -> list[th.Tensor]:
+        """
+        New parameters, then new states; nothing is changed in place.
+
+        ``v ← αv + (1−α)g²,  θ ← θ − lr g/(√v + ε)`` (Tieleman & Hinton 2012)
+
+        :param parameters: in the rule's order, as are the rest
+        :param gradients: clipped
+        :param states: like :meth:`states`
+        :param rates: of each group, scalar tensors
+        """
+        new_parameters, new_states = [], []
+        counters, averages = states[0::2], states[1::2]
+        for index, p, g, n, v in zip(self._group_of, parameters, gradients, counters, averages, strict=True):
+            group, rate = self._optimizer.param_groups[index], rates[index].to(p.dtype)
+            average = group["alpha"] * v + (1 - group["alpha"]) * g * g
+            new_parameters.append(p - rate * g / (average.sqrt() + group["eps"]))
+            new_states += [n + 1, average]
+        return new_parameters + new_states

@@ -10,8 +10,8 @@ from typing import ClassVar, cast
 import torch as th
 
 from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer
+from sb3_pgplus.compiled_update import Gradient
 from sb3_pgplus.core import losses
-from sb3_pgplus.engine import Gradient
 from sb3_pgplus.hparams import PPOHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.on_policy import PolicyGradientPlus
@@ -110,7 +110,8 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
 
     def _loss_gradient(self, hp: PPOHparams, with_critic: bool) -> Callable[[RolloutSamples], Gradient]:
         loss, parameters = partial(self.loss, with_critic=with_critic), list(self.policy.parameters())
-        return self._gradient_of("update", loss, hp, parameters, hp.batch_size, variant=with_critic)
+        limits = {} if hp.target_kl is None else {"train/approx_kl": 1.5 * hp.target_kl}
+        return self._gradient_of("update", loss, hp, parameters, hp.batch_size, variant=with_critic, limits=limits)
 
     def _epoch(self, hp: PPOHparams, metrics: Metrics, gradient_of: Callable[[RolloutSamples], Gradient]) -> bool:
         """

@@ -6,6 +6,7 @@ known to depend on nothing but its tensors is traced, and :func:`fingerprint` sa
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch as th
@@ -40,6 +41,8 @@ _DISTRIBUTIONS = {
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = frozenset({bool, int, float, str, type(None)})
+#: A layer's bias apart from its product: it then goes into the same loop as the activation.
+_DECOMPOSITIONS = {th.ops.aten.addmm.default: lambda bias, a, b: th.ops.aten.mm.default(a, b) + bias}
 
 
 class UntraceableError(Exception):
@@ -171,16 +174,50 @@ class Tensors:
         return th.func.functional_call(self._parts, replacement, (function, *args), tie_weights=False)
 
 
+#: A compiled gradient is compared with the eager one at calls 1, 2, 4, …, and then every so many.
+_CHECK_EVERY = 4096
+
+
+@dataclass
+class Compiled:
+    """
+    A compiled function with what is needed to call it.
+
+    :param call: the function, of a list of tensors
+    :param names: of the scalars it returns
+    """
+
+    call: Callable[[list[th.Tensor]], Sequence[th.Tensor]]
+    names: list[str] = field(default_factory=list)
+    n_calls: int = 0
+
+    def is_due(self) -> bool:
+        """Count a call; whether this one is to be compared with the eager result."""
+        self.n_calls += 1
+        is_power_of_two = self.n_calls & (self.n_calls - 1) == 0
+        return is_power_of_two if self.n_calls < _CHECK_EVERY else self.n_calls % _CHECK_EVERY == 0
+
+
+@dataclass(frozen=True)
+class Known:
+    """Modules in one state: what a trace of them bakes in, their tensors, and why they cannot be traced."""
+
+    plain: tuple[Any, ...]
+    tensors: Tensors
+    refusal: str | None
+
+
 def compile_function(
-    function: Callable[..., Sequence[th.Tensor]], inputs: Sequence[th.Tensor]
+    function: Callable[..., Sequence[th.Tensor]], inputs: Sequence[th.Tensor], may_change: Iterable[int] = ()
 ) -> Callable[[list[th.Tensor]], Sequence[th.Tensor]]:
     """
     Trace a function of tensors and compile the trace. The compiler keeps its results on disk for later runs.
 
-    :param function: tensors ↦ new tensors; may differentiate with ``torch.autograd.grad``, changes nothing in place
+    :param function: tensors ↦ new tensors; may differentiate with ``torch.autograd.grad``
     :param inputs: examples; those that are differentiated require grad
+    :param may_change: positions of the inputs that it changes in place; the examples stay as they are
     :return: the compiled function, of a list of tensors like the inputs
-    :raises UntraceableError: if the function's course depends on values, or it changes something in place
+    :raises UntraceableError: if the function's course depends on values, or it changes anything else in place
     """
     # Imported here: the compiler takes seconds to import, and most runs never need it.
     from torch._inductor import config
@@ -191,20 +228,23 @@ def compile_function(
     try:
         graph = _without_detach(make_fx(function, tracing_mode="fake")(*inputs))
         # Backward formulas change intermediate results in place; once more without, for what the compiler takes.
-        functional = th.func.functionalize(graph, remove="mutations_and_views")
-        graph = make_fx(functional, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
+        functional = th.func.functionalize(graph, remove="mutations")
+        table, plain = {**select_decomp_table(), **_DECOMPOSITIONS}, [tensor.detach() for tensor in inputs]
+        graph = make_fx(functional, decomposition_table=table, tracing_mode="fake")(*plain)
     except Exception as error:  # whatever a loss may do that cannot be traced
         raise UntraceableError(f"it cannot be traced: {_first_line(error)}") from error
-    _check_graph(graph)
+    _check_graph(graph, frozenset(may_change))
     graph.graph.eliminate_dead_code()
     graph.recompile()
     examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     # One call from Python into C++ instead of one per kernel, where there is no device to talk to.
     on_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
     context = th._guards.TracingContext(examples[0].fake_mode)
-    with th._guards.tracing(context), config.patch(cpp_wrapper=on_cpu, size_asserts=False), th.no_grad():
+    # Without the pattern matcher, which would join again what _DECOMPOSITIONS took apart.
+    settings = config.patch(cpp_wrapper=on_cpu, size_asserts=False, pattern_matcher=False)
+    with th._guards.tracing(context), settings, th.no_grad():
         compiled: Any = compile_fx_inner(graph, examples, cpp_wrapper=on_cpu)
-        compiled([tensor.detach() for tensor in inputs])  # the first call finishes the compiler's own records
+        compiled([tensor.detach().clone() for tensor in inputs])  # the first call finishes the compiler's own records
     # What is called from now on, without the records that the compiler keeps of every call.
     call: Callable[[list[th.Tensor]], Sequence[th.Tensor]] = getattr(compiled, "current_callable", None) or compiled
     return call
@@ -220,13 +260,16 @@ def _without_detach(graph: th.fx.GraphModule) -> th.fx.GraphModule:
     return graph
 
 
-def _check_graph(graph: th.fx.GraphModule) -> None:
-    """Refuse tensors that were captured instead of passed in, and operations in place."""
+def _check_graph(graph: th.fx.GraphModule, may_change: frozenset[int]) -> None:
+    """Refuse tensors that were captured instead of passed in, and operations in place on what may not change."""
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    changing = {node for i, node in enumerate(inputs) if i in may_change}
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             raise UntraceableError("it reads a tensor that belongs neither to the policy nor to the batch")
         schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and schema.is_mutable:
+        is_allowed = node.target is th.ops.aten.copy_.default and node.args[0] in changing
+        if node.op == "call_function" and schema is not None and schema.is_mutable and not is_allowed:
             raise UntraceableError(f"it changes a tensor in place ({node.target})")
 
 

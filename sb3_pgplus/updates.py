@@ -1,7 +1,7 @@
 """The part of the base class that changes parameters: one gradient step, the critic's own epochs, what is logged."""
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -10,10 +10,11 @@ import torch as th
 from torch import nn
 
 from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer
+from sb3_pgplus.compiled_update import Gradient, GradientProblem, LossFunction
 from sb3_pgplus.core.advantages import normalize
 from sb3_pgplus.core.losses import clipped_value_loss, explained_variance, value_clip_fraction, value_loss
 from sb3_pgplus.critics import StockCritic
-from sb3_pgplus.engine import Engine, Gradient, GradientProblem, LossFunction
+from sb3_pgplus.engine import Engine
 from sb3_pgplus.errors import HyperparameterError, NonFiniteUpdateError, warn_user
 from sb3_pgplus.guards import likely_cause
 from sb3_pgplus.hparams import MinibatchHparams, PolicyGradientHparams
@@ -80,6 +81,7 @@ class GradientUpdates(_Base):
         parameters: list[nn.Parameter],
         batch_size: int,
         variant: Hashable = None,
+        limits: Mapping[str, float] | None = None,
     ) -> Callable[[Any], Gradient]:
         """
         The function that gives ``parameters`` the gradient of a loss on a minibatch, clipped.
@@ -90,9 +92,12 @@ class GradientUpdates(_Base):
         :param parameters: what is stepped; frozen ones stay
         :param batch_size: of full minibatches
         :param variant: what tells this loss from others of the same unit
+        :param limits: name of a logged scalar → value above which the caller makes no step
         """
         modules: dict[str, nn.Module] = {"policy": self.policy, "value_normalizer": self.value_normalizer}
-        problem = GradientProblem(self, _TRACED_METHODS, modules, loss, hp, parameters, batch_size, variant)
+        problem = GradientProblem(
+            self, _TRACED_METHODS, modules, loss, hp, parameters, batch_size, variant, limits or {}
+        )
         return self._engine.gradient(unit, problem, partial(self._eager_gradient, loss, hp, parameters))
 
     def _eager_gradient(self, loss: LossFunction, hp: Any, parameters: list[nn.Parameter], batch: Any) -> Gradient:
@@ -103,15 +108,16 @@ class GradientUpdates(_Base):
 
     def _apply(self, gradient: Gradient, batch: Any) -> None:
         """
-        One optimiser step, unless the loss or its gradient is not finite: then parameters and optimiser stay as they
-        are.
+        One optimiser step, if it is not made yet, unless the loss or its gradient is not finite: then parameters and
+        optimiser stay as they are.
 
         :param gradient: result of :meth:`_gradient_of`'s function, which put it in place
         :param batch: the minibatch, to name the cause of a failure
         :raises ValueError: after ``max_nonfinite_updates`` failures in a row
         """
         if math.isfinite(float(gradient.loss + gradient.norm)):
-            step(self.policy.optimizer)
+            if not gradient.is_stepped:
+                step(self.policy.optimizer)
             self._nonfinite_in_a_row = 0
         else:
             self._count_nonfinite(th.as_tensor(gradient.loss), batch)

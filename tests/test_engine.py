@@ -14,10 +14,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus
+from sb3_pgplus.compiled_update import clip_by_norm
 from sb3_pgplus.core import losses
-from sb3_pgplus.engine import COSTS, Engine, _Compiled, clip_by_norm
+from sb3_pgplus.engine import COSTS, Engine
 from sb3_pgplus.sampling import noise_of
-from sb3_pgplus.tracing import Tensors, UntraceableError, check_policy, compile_function, fingerprint
+from sb3_pgplus.tracing import Compiled, Tensors, UntraceableError, check_policy, compile_function, fingerprint
 
 SMALL = {"n_steps": 32, "n_envs": 2, "seed": 3, "device": "cpu"}
 PPO = {**SMALL, "batch_size": 32, "n_epochs": 2}
@@ -86,8 +87,10 @@ def test_a_compiled_iteration_equals_the_eager_one(cls: Any, env: str, kwargs: d
     th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
 
 
-def test_an_early_stop_by_target_kl_comes_at_the_same_minibatch() -> None:
+@pytest.mark.parametrize("optimizer", [th.optim.Adam, th.optim.RMSprop])  # RMSprop's step is in the graph
+def test_an_early_stop_by_target_kl_comes_at_the_same_minibatch(optimizer: Any) -> None:
     kwargs = {**PPO, "n_epochs": 20, "learning_rate": 1e-2, "target_kl": 0.005}
+    kwargs["policy_kwargs"] = {"optimizer_class": optimizer, "optimizer_kwargs": {"eps": 1e-5}}
     compiled, eager = compiled_and_eager(PPOPlus, "Pendulum-v1", ITERATION, **kwargs)
     assert 0 < eager._n_updates < 20  # it did stop early
     assert compiled._n_updates == eager._n_updates
@@ -115,6 +118,80 @@ def test_dict_observations_are_compiled_whatever_the_order_of_their_keys() -> No
     space = spaces.Dict({"b": spaces.Box(-10, 10, (2,)), "a": spaces.Box(-10, 10, (3,))})
     kwargs = {**PPO, "n_envs": 1, "n_steps": 64, "policy": "MultiInputPolicy"}
     compiled, eager = compiled_and_eager(PPOPlus, lambda: Arms(spaces.Discrete(2), space), 128, **kwargs)
+    assert "update: compiled" in compiled.engine_report()
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
+
+
+def state_of(model: Any) -> list[th.Tensor]:
+    """Parameters and everything the optimiser keeps."""
+    states = [value for state in model.policy.optimizer.state_dict()["state"].values() for value in state.values()]
+    return [tensor.detach().clone() for tensor in (*model.policy.parameters(), *states)]
+
+
+@pytest.mark.parametrize(("cls", "kwargs"), [(PPOPlus, {**PPO, "n_epochs": 1}), (A2CPlus, SMALL)])
+def test_a_compiled_update_that_is_not_finite_leaves_parameters_and_optimizer_bit_equal(
+    cls: Any, kwargs: dict[str, Any]
+) -> None:
+    model = cls("MlpPolicy", "Pendulum-v1", compile=True, **kwargs).learn(ITERATION)
+    before = state_of(model)
+    model.rollout_buffer.tensor("returns").fill_(1e30)  # squared, that is beyond float32
+    model.train()
+    assert "update: compiled" in model.engine_report()
+    assert model._nonfinite_updates == (2 if cls is PPOPlus else 1)
+    assert all(th.equal(x, y) for x, y in zip(before, state_of(model), strict=True))
+    model.learn(ITERATION, reset_num_timesteps=False)
+    assert not any(th.equal(x, y) for x, y in zip(before, state_of(model), strict=True) if x.numel() > 1)
+
+
+@pytest.mark.parametrize(("cls", "kwargs"), [(PPOPlus, PPO), (A2CPlus, SMALL)])
+def test_the_optimizers_state_after_compiled_steps_is_that_of_eager_ones(cls: Any, kwargs: dict[str, Any]) -> None:
+    compiled, eager = compiled_and_eager(cls, "Pendulum-v1", 2 * ITERATION, **kwargs)
+    ours, theirs = (model.policy.optimizer.state_dict() for model in (compiled, eager))
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for key, state in ours["state"].items():
+        for name, value in state.items():
+            th.testing.assert_close(value, theirs["state"][key][name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_optimizer_with_a_hook_makes_its_steps_itself() -> None:
+    model = A2CPlus("MlpPolicy", "Pendulum-v1", **SMALL, compile=True).learn(ITERATION)
+    calls: list[int] = []
+    model.policy.optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    model.learn(ITERATION, reset_num_timesteps=False)
+    assert len(calls) == 1
+    assert "update: compiled (2 version(s)" in model.engine_report()
+
+
+def test_a_subclass_that_decides_about_steps_is_obeyed() -> None:
+    class NeverStepping(A2CPlus):
+        def _apply(self, gradient: Any, batch: Any) -> None:
+            pass
+
+    model = NeverStepping("MlpPolicy", "Pendulum-v1", **SMALL, compile=True)
+    before = parameters_of(model)
+    model.learn(ITERATION)
+    assert "update: compiled" in model.engine_report()
+    assert th.equal(parameters_of(model), before)
+
+
+def test_a_policy_moved_between_two_updates_trains_on() -> None:
+    def moved(compile: bool) -> Any:
+        model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=compile).learn(ITERATION)
+        model.policy.to("cpu")
+        for parameter in model.policy.parameters():  # what moving to another device and back does
+            parameter.data = parameter.data.clone()
+        return model.learn(ITERATION, reset_num_timesteps=False)
+
+    compiled, eager = moved(True), moved(False)
+    assert "update: compiled (1 version(s)" in compiled.engine_report()
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
+
+
+def test_a_policy_of_images_is_compiled_and_equals_the_eager_one() -> None:
+    frames = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+    kwargs = {**PPO, "n_steps": 16, "n_envs": 1, "batch_size": 8, "policy": "CnnPolicy"}
+    compiled, eager = compiled_and_eager(PPOPlus, lambda: Arms(spaces.Discrete(3), frames), 16, **kwargs)
     assert "update: compiled" in compiled.engine_report()
     th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
 
@@ -313,7 +390,7 @@ def test_something_that_keeps_changing_is_not_compiled_again_and_again() -> None
 
     def build() -> Any:
         built.append(1)
-        return _Compiled(lambda inputs: inputs)
+        return Compiled(lambda inputs: inputs)
 
     versions = [engine.version("update", number, build) for number in range(6)]
     assert [version is None for version in versions] == [False] * 4 + [True] * 2

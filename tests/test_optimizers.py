@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch as th
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sb3_pgplus.optimizers import drop_gradients, fuse, step
+from sb3_pgplus.optimizers import StepRule, drop_gradients, fuse, step
 
 SHAPES = [(4, 3), (4,), (1, 4), ()]
 
@@ -324,3 +324,59 @@ def test_a_stock_adam_goes_on_from_the_saved_state(fused: bool | None) -> None:
         fresh.step()
     for x, y in zip(tensors(fresh), tensors(optimizer), strict=True):
         th.testing.assert_close(x, y, rtol=0 if fused is None else 1e-5, atol=0 if fused is None else 1e-6)
+
+
+# --- steps as functions of tensors ------------------------------------------------------------------------------------
+
+RULES: dict[str, Callable[[list[Any]], th.optim.Optimizer]] = {
+    "plain": lambda ps: th.optim.RMSprop(ps, lr=1e-2, alpha=0.9, eps=1e-5),
+    "groups": lambda ps: th.optim.RMSprop([{"params": ps[:1], "lr": 0.1, "alpha": 0.5}, {"params": ps[1:]}]),
+}
+
+
+@pytest.mark.parametrize("make", RULES.values(), ids=RULES)
+def test_a_rules_steps_are_those_of_its_optimizer(make: Callable[[list[Any]], th.optim.Optimizer]) -> None:
+    ours, theirs = make(parameters()), make(parameters())
+    for i in range(4):
+        set_gradients(ours, i)
+        set_gradients(theirs, i)
+        theirs.step()
+        ps = [p for group in ours.param_groups for p in group["params"]]
+        rule = StepRule.of(ours, ps)  # in the first round, without any state
+        assert rule is not None
+        with th.no_grad():
+            rates = [th.tensor(rate, dtype=th.float64) for rate in rule.rates()]
+            new = rule.stepped(ps, [p.grad for p in ps], rule.states(), rates)
+            for old, value in zip([*ps, *rule.states()], new, strict=True):
+                old.copy_(value)
+        for x, y in zip(tensors(ours), tensors(theirs), strict=True):
+            th.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+    assert [state.keys() for state in ours.state.values()] == [state.keys() for state in theirs.state.values()]
+
+
+def test_a_rule_makes_states_only_for_parameters_that_are_stepped() -> None:
+    optimizer = th.optim.RMSprop(parameters())
+    first, *others = optimizer.param_groups[0]["params"]
+    assert StepRule.of(optimizer, [first]) is not None
+    assert set(optimizer.state) == {first}
+    assert all(p not in optimizer.state for p in others)
+
+
+NO_RULE: dict[str, Callable[[list[Any]], th.optim.Optimizer]] = {
+    "another kind": lambda ps: th.optim.SGD(ps, lr=0.1),
+    "a subclass": lambda ps: type("Own", (th.optim.RMSprop,), {})(ps),
+    "a kernel of its own": lambda ps: th.optim.Adam(ps, fused=True),
+    "momentum": lambda ps: th.optim.RMSprop(ps, momentum=0.9),
+    "a rate that is a tensor": lambda ps: th.optim.RMSprop(ps, lr=th.tensor(0.1)),
+}
+
+
+@pytest.mark.parametrize("make", NO_RULE.values(), ids=NO_RULE)
+def test_optimizers_that_step_otherwise_have_no_rule(make: Callable[[list[Any]], th.optim.Optimizer]) -> None:
+    optimizer = make(parameters())
+    assert StepRule.of(optimizer, [p for group in optimizer.param_groups for p in group["params"]]) is None
+    assert not optimizer.state
+
+
+def test_a_parameter_that_the_optimizer_does_not_know_has_no_rule() -> None:
+    assert StepRule.of(th.optim.RMSprop(parameters()), [th.nn.Parameter(th.zeros(2))]) is None

@@ -31,7 +31,7 @@ FACADE = "__init__"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
     frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
-    | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "sampling"})
+    | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "sampling"})
     | frozenset({"tracing", "vec_env"}),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"}),  # parts of on_policy
     frozenset({"on_policy"}),

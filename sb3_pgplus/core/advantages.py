@@ -15,6 +15,9 @@ import torch as th
 
 from sb3_pgplus.core.checks import check_floating, check_same_shape, check_unit_interval
 
+#: So many steps take less time one after the other than by halves.
+_SHORT = 8
+
 
 def td_errors(rewards: th.Tensor, values: th.Tensor, next_values: th.Tensor, *, gamma: float) -> th.Tensor:
     """
@@ -185,15 +188,15 @@ def reverse_scan(decay: th.Tensor, inputs: th.Tensor) -> th.Tensor:
     Solve ``A_t = b_t + c_t A_{t+1}`` for all t, ``A_T = 0``, in O(log T) tensor operations and O(T) work.
 
     Odd-even reduction: two steps compose into one, ``A_t = (b_t + c_t b_{t+1}) + c_t c_{t+1} A_{t+2}``; solve the
-    even half of the steps by recursion, then fill in the odd ones.
+    even half of the steps by recursion, then fill in the odd ones. A few steps are solved one after the other.
 
     :param decay: c, ``[T, ...]``
     :param inputs: b, ``[T, ...]``
     :return: A, ``[T, ...]``
     """
     n_steps = len(inputs)
-    if n_steps < 2:
-        return inputs.clone()
+    if n_steps <= _SHORT:
+        return _backward_loop(decay, inputs)
     if n_steps % 2:
         # A pair is missing its second half; with b = c = 0 there it changes nothing.
         decay, inputs = (th.cat([x, th.zeros_like(x[:1])]) for x in (decay, inputs))
@@ -204,6 +207,14 @@ def reverse_scan(decay: th.Tensor, inputs: th.Tensor) -> th.Tensor:
     result[0::2] = even
     result[1:-1:2].addcmul_(odd_decay[:-1], even[1:])
     return result[:n_steps]
+
+
+def _backward_loop(decay: th.Tensor, inputs: th.Tensor) -> th.Tensor:
+    """:func:`reverse_scan` as it is written."""
+    results = [*inputs.unbind()]
+    for t in range(len(results) - 2, -1, -1):
+        results[t] = th.addcmul(results[t], decay[t], results[t + 1])
+    return th.stack(results) if results else inputs.clone()
 
 
 def _decay(dones: th.Tensor, like: th.Tensor, factor: float) -> th.Tensor:

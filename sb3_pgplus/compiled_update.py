@@ -1,0 +1,284 @@
+"""
+A minibatch's update as one compiled function: loss, gradient, clipping, non-finite guard, and the optimiser's step
+where that is torch's plain RMSprop. It is compared with the eager update now and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch as th
+from torch import nn
+
+from sb3_pgplus.errors import warn_user
+from sb3_pgplus.hparams import PolicyGradientHparams
+from sb3_pgplus.optimizers import StepRule, drop_gradients
+from sb3_pgplus.tracing import Compiled, Known, compile_function, foreign_method
+
+if TYPE_CHECKING:
+    from sb3_pgplus.engine import Engine
+
+PACKAGE = __name__.partition(".")[0]
+_TOLERANCE = 1e-3
+#: What stands between a gradient and its step: where somebody has changed it, the step is left to it.
+_STEP_METHODS = ("train", "update", "_epoch", "_fit_critic", "_apply")
+
+LossFunction = Callable[[Any, Any], tuple[th.Tensor, dict[str, th.Tensor]]]
+
+
+@dataclass(frozen=True)
+class GradientProblem:
+    """A loss whose gradient is wanted for minibatch after minibatch."""
+
+    #: Whose methods the loss goes through, and their names.
+    owner: Any
+    methods: tuple[str, ...]
+    modules: dict[str, nn.Module]
+    loss: LossFunction
+    hp: PolicyGradientHparams
+    parameters: list[nn.Parameter]
+    batch_size: int
+    #: What else tells one loss from another under the same hyperparameters.
+    variant: Hashable = None
+    #: Name of a logged scalar → the value above which no step is to be made.
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are not frozen."""
+        return [parameter for parameter in self.parameters if parameter.requires_grad]
+
+
+class Gradient(NamedTuple):
+    """Result on a minibatch; the gradient itself, clipped, is in the parameters' ``grad``."""
+
+    loss: th.Tensor | float
+    #: Before clipping.
+    norm: th.Tensor | float
+    #: What is logged.
+    diagnostics: Mapping[str, th.Tensor | float]
+    #: The optimiser's step has been made, or left out because loss or gradient is not finite or a limit is exceeded.
+    is_stepped: bool = False
+
+
+class CompiledUpdate:
+    """
+    Minibatch ↦ gradient, and the step: compiled for minibatches of the full size, eager for the ragged last one.
+
+    It is made anew for every update, so that hyperparameters, parameters and modes are today's.
+    """
+
+    def __init__(
+        self, engine: Engine, unit: str, problem: GradientProblem, known: Known, eager: Callable[[Any], Gradient]
+    ) -> None:
+        self._engine, self._unit, self._problem, self._known, self._eager = engine, unit, problem, known, eager
+        self._values, self._trained = known.tensors.values, problem.trained
+        hp = problem.hp
+        self._scheduled = [name for name in hp.scheduled_names() if isinstance(getattr(hp, name), float)]
+        # Double precision, so that they act as Python's numbers do.
+        self._scalars = _scalars([getattr(hp, name) for name in self._scheduled])
+        self._limits = _scalars(problem.limits.values())
+        self._found: Compiled | None = None
+        self._rule: StepRule | None = None
+        self._looked_up = False
+
+    def __call__(self, batch: Any) -> Gradient:
+        if len(batch.advantages) != self._problem.batch_size:
+            return self._eager(batch)
+        flat = _flat_batch(batch)
+        if not self._looked_up:
+            self._look_up(batch, flat)
+        if self._found is None:
+            return self._eager(batch)
+        return self._checked(batch, flat) if self._found.is_due() else self._run(flat)
+
+    # --- finding the compiled function --------------------------------------------------------------------------------
+
+    def _look_up(self, batch: Any, flat: list[th.Tensor]) -> None:
+        """Find or make the function for things as they are now."""
+        self._looked_up = True
+        problem, trained_ids = self._problem, {id(parameter) for parameter in self._trained}
+        constants = tuple([value for name, value in problem.hp.__dict__.items() if name not in self._scheduled])
+        trained = tuple([id(tensor) in trained_ids for tensor in self._values])
+        key = (problem.variant, constants, self._known.plain, shapes(flat), trained, tuple(problem.limits))
+        if (self._unit, key) not in self._engine.used:
+            self._eager(batch)  # shows which parameters the loss depends on
+            self._engine.used[self._unit, key] = tuple([p.grad is not None for p in self._trained])
+        is_used = self._engine.used[self._unit, key]
+        self._used = [p for p, used in zip(self._trained, is_used, strict=True) if used]
+        optimizer = problem.owner.policy.optimizer
+        if self._used and foreign_method(problem.owner, _STEP_METHODS, PACKAGE) is None:
+            self._rule = StepRule.of(optimizer, self._used)
+        self._rates = _scalars(self._rule.rates() if self._rule else [])
+        self._key = (key, is_used, self._rule and self._rule.key)
+        self._found = self._engine.version(self._unit, self._key, lambda: self._compile(batch, flat))
+
+    def _compile(self, batch: Any, flat: list[th.Tensor]) -> Compiled:
+        compiled = Compiled(_not_compiled)
+        counts = [len(self._values), len(flat), len(self._scalars), len(self._limits), len(self._rates)]
+        used_ids = {id(parameter) for parameter in self._used}
+        position = {id(value): i for i, value in enumerate(self._values) if id(value) in used_ids}
+        positions = [position[id(parameter)] for parameter in self._used]
+
+        def function(*inputs: th.Tensor) -> list[th.Tensor]:
+            values, samples, scalars, limits, rates, states = _cut(inputs, counts)
+            hp = _with_tensors(self._problem.hp, dict(zip(self._scheduled, scalars, strict=True)))
+            parameters = [values[i] for i in positions]
+            loss, diagnostics = self._known.tensors.replaced(
+                values, self._problem.loss, _unflat_batch(batch, samples), hp
+            )
+            compiled.names = list(diagnostics)
+            gradients, norm = clip_by_norm(list(th.autograd.grad(loss, parameters)), hp.max_grad_norm)
+            if self._rule is not None:
+                may_step = _may_step(loss, norm, diagnostics, dict(zip(self._problem.limits, limits, strict=True)))
+                with th.no_grad():
+                    new = self._rule.stepped(parameters, gradients, states, rates)
+                    for old, value in zip([*parameters, *states], new, strict=True):
+                        old.copy_(th.where(may_step, value, old))
+            numbers = [loss, norm, *diagnostics.values()]
+            return [*gradients, th.stack([number.detach().double() for number in numbers])]
+
+        inputs = self._inputs(flat)
+        may_change = [*positions, *range(sum(counts), len(inputs))] if self._rule else []
+        examples = [x.detach().requires_grad_(id(x) in used_ids) for x in inputs]
+        compiled.call = compile_function(function, examples, may_change)
+        return compiled
+
+    def _inputs(self, flat: list[th.Tensor]) -> list[th.Tensor]:
+        return [*self._values, *flat, *self._scalars, *self._limits, *self._rates, *self._states()]
+
+    def _states(self) -> list[th.Tensor]:
+        return self._rule.states() if self._rule else []
+
+    # --- running it ---------------------------------------------------------------------------------------------------
+
+    def _run(self, flat: list[th.Tensor]) -> Gradient:
+        assert self._found is not None
+        if self._rule is not None:
+            for tensor, rate in zip(self._rates, self._rule.rates(), strict=True):
+                tensor.fill_(rate)
+        with th.no_grad():
+            *gradients, numbers = self._found.call(self._inputs(flat))
+        # Whatever another loss left in parameters that this one does not train must not be stepped on.
+        drop_gradients(self._problem.owner.policy.optimizer)
+        for parameter, gradient in zip(self._used, gradients, strict=True):
+            parameter.grad = gradient
+        loss, norm, *logged = numbers.tolist()
+        return Gradient(loss, norm, dict(zip(self._found.names, logged, strict=True)), self._rule is not None)
+
+    def _checked(self, batch: Any, flat: list[th.Tensor]) -> Gradient:
+        """The compiled update, unless the eager gradient on the same minibatch says that it is wrong."""
+        expected = self._eager(batch)
+        wanted = [parameter.grad for parameter in self._trained]
+        changed = [*self._used, *self._states()] if self._rule else []
+        before = [tensor.detach().clone() for tensor in changed]
+        result = self._run(flat)
+        if _agree([parameter.grad for parameter in self._trained], wanted):
+            return result
+        with th.no_grad():
+            for tensor, old in zip(changed, before, strict=True):
+                tensor.copy_(old)
+        for parameter, gradient in zip(self._trained, wanted, strict=True):
+            parameter.grad = gradient
+        reason = "its compiled gradient differed from the eager one, which is used from now on"
+        self._engine.reject(self._unit, self._key, reason)
+        self._found = None
+        warn_user(f"{self._unit}: {reason}. Something that it depends on is not a tensor of the policy or the batch.")
+        return expected
+
+
+def clip_by_norm(gradients: list[th.Tensor], max_norm: th.Tensor | float | None) -> tuple[list[th.Tensor], th.Tensor]:
+    """
+    ``g · min(1, c/(‖g‖ + 1e-6))`` with the norm over all gradients, what ``clip_grad_norm_`` does in place.
+
+    :param gradients: of each parameter
+    :param max_norm: c, or None: no clipping
+    :return: the clipped gradients, the norm before clipping
+    """
+    norm = th.linalg.vector_norm(th.stack([th.linalg.vector_norm(gradient) for gradient in gradients]))
+    if max_norm is None:
+        return gradients, norm
+    coefficient = th.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return [gradient * coefficient for gradient in gradients], norm
+
+
+def _may_step(
+    loss: th.Tensor, norm: th.Tensor, diagnostics: Mapping[str, th.Tensor], limits: Mapping[str, th.Tensor]
+) -> th.Tensor:
+    """The eager update's conditions: loss and norm are finite, and no logged value is above its limit."""
+    may_step = th.isfinite(loss.detach() + norm.detach())
+    for name, limit in limits.items():
+        may_step = may_step & ~(diagnostics[name].detach().double() > limit)
+    return may_step
+
+
+def _scalars(numbers: Any) -> list[th.Tensor]:
+    return [th.tensor(number, dtype=th.float64) for number in numbers]
+
+
+def _cut(tensors: Sequence[th.Tensor], counts: Sequence[int]) -> list[Sequence[th.Tensor]]:
+    """Consecutive pieces of these lengths, and the rest."""
+    pieces, start = [], 0
+    for count in counts:
+        pieces.append(tensors[start : start + count])
+        start += count
+    return [*pieces, tensors[start:]]
+
+
+def _not_compiled(_: list[th.Tensor]) -> Sequence[th.Tensor]:
+    raise AssertionError("called before it was compiled")
+
+
+def _with_tensors(hp: PolicyGradientHparams, values: Mapping[str, th.Tensor]) -> PolicyGradientHparams:
+    """Hyperparameters some of which are tensors: inputs of a trace, where numbers would be baked in."""
+    copied = object.__new__(type(hp))
+    copied.__dict__.update(hp.__dict__ | dict(values))
+    return copied
+
+
+def _agree(gradients: Sequence[th.Tensor | None], wanted: Sequence[th.Tensor | None]) -> bool:
+    """Whether two gradients are equal up to rounding, measured by the length of their difference."""
+    if [g is None for g in gradients] != [w is None for w in wanted]:
+        return False
+    pairs = [(g, w) for g, w in zip(gradients, wanted, strict=True) if g is not None and w is not None]
+    if not all(bool(w.isfinite().all()) for _, w in pairs):
+        return True  # the guard deals with it
+    difference = sum(float(((g - w).double() ** 2).sum()) for g, w in pairs) ** 0.5
+    length = sum(float((w.double() ** 2).sum()) for _, w in pairs) ** 0.5
+    return bool(difference <= _TOLERANCE * length + 1e-7)
+
+
+# --- minibatches as lists of tensors ----------------------------------------------------------------------------------
+
+
+def flat_observations(observations: Any) -> list[th.Tensor]:
+    """The tensors of observations, in a fixed order."""
+    if isinstance(observations, dict):
+        return [observations[key] for key in sorted(observations)]
+    return [observations]
+
+
+def unflat_observations(template: Any, tensors: Sequence[th.Tensor]) -> Any:
+    """The reverse of :func:`flat_observations`, given observations of the same kind."""
+    return dict(zip(sorted(template), tensors, strict=True)) if isinstance(template, dict) else tensors[0]
+
+
+def _flat_batch(batch: Any) -> list[th.Tensor]:
+    extras = batch[6] if len(batch) > 6 else ()
+    return [*flat_observations(batch[0]), *batch[1:6], *extras]
+
+
+def _unflat_batch(template: Any, tensors: Sequence[th.Tensor]) -> Any:
+    n_observations = len(flat_observations(template[0]))
+    fields = [unflat_observations(template[0], tensors[:n_observations])]
+    fields += tensors[n_observations : n_observations + 5]
+    if len(template) > 6:
+        fields.append(tuple(tensors[n_observations + 5 :]))
+    return template._make(fields)
+
+
+def shapes(tensors: Sequence[th.Tensor]) -> tuple[Hashable, ...]:
+    """What a compiled function assumes of its inputs."""
+    return tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
