@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch as th
 from torch import nn
 
-from sb3_pgplus.errors import warn_user
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.optimizers import StepRule, drop_gradients
 from sb3_pgplus.tracing import Compiled, Known, compile_function, foreign_method
@@ -175,17 +174,15 @@ class CompiledUpdate:
         changed = [*self._used, *self._states()] if self._rule else []
         before = [tensor.detach().clone() for tensor in changed]
         result = self._run(flat)
-        if _agree([parameter.grad for parameter in self._trained], wanted):
+        if agree([parameter.grad for parameter in self._trained], wanted):
             return result
         with th.no_grad():
             for tensor, old in zip(changed, before, strict=True):
                 tensor.copy_(old)
         for parameter, gradient in zip(self._trained, wanted, strict=True):
             parameter.grad = gradient
-        reason = "its compiled gradient differed from the eager one, which is used from now on"
-        self._engine.reject(self._unit, self._key, reason)
+        self._engine.drifted(self._unit, self._key)
         self._found = None
-        warn_user(f"{self._unit}: {reason}. Something that it depends on is not a tensor of the policy or the batch.")
         return expected
 
 
@@ -238,7 +235,7 @@ def _with_tensors(hp: PolicyGradientHparams, values: Mapping[str, th.Tensor]) ->
     return copied
 
 
-def _agree(gradients: Sequence[th.Tensor | None], wanted: Sequence[th.Tensor | None]) -> bool:
+def agree(gradients: Sequence[th.Tensor | None], wanted: Sequence[th.Tensor | None]) -> bool:
     """Whether two gradients are equal up to rounding, measured by the length of their difference."""
     if [g is None for g in gradients] != [w is None for w in wanted]:
         return False

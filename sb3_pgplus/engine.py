@@ -19,11 +19,15 @@ from sb3_pgplus.compiled_update import (
     CompiledUpdate,
     Gradient,
     GradientProblem,
+    agree,
     flat_observations,
     shapes,
     unflat_observations,
 )
+from sb3_pgplus.core.natural_gradient import MatVec, fisher_vector_product
+from sb3_pgplus.errors import warn_user
 from sb3_pgplus.guards import broken_policy, without_distribution_checks
+from sb3_pgplus.policies import fisher_outputs
 from sb3_pgplus.sampling import Draw, noise_of, sample
 from sb3_pgplus.tracing import (
     Compiled,
@@ -49,6 +53,7 @@ COSTS = {
     "update": Cost(12.0, 0.8e-3),
     "critic update": Cost(8.0, 0.3e-3),
     "policy step": Cost(6.0, 0.25e-3),
+    "Fisher product": Cost(6.0, 1.2e-3),
 }
 #: Compile once the saving is this many times the cost.
 _MARGIN = 1.5
@@ -232,6 +237,46 @@ class Engine:
         found = self.version(unit, key, lambda: _compile_policy_step(policy, known.tensors, observations, draws))
         return eager if found is None else _PolicyStep(found, known.tensors.values, draws)
 
+    # --- products with the Fisher matrix ------------------------------------------------------------------------------
+
+    def fisher_product(
+        self, policy: Any, observations: Any, parameters: Sequence[nn.Parameter], eager: Callable[[], MatVec]
+    ) -> MatVec:
+        """
+        The products of a trust-region step.
+
+        :param policy: an actor-critic policy in evaluation mode
+        :param observations: the states that the Fisher matrix is an average over, as tensors
+        :param parameters: the actor's
+        :param eager: makes the same function without a compiler
+        :return: v ↦ Fv, ``[P] → [P]``
+        """
+        unit = "Fisher product"
+        if unit not in self._wanted:
+            return eager()
+        known, flat = self._inspect({"policy": policy}), flat_observations(observations)
+        if known.refusal is not None:
+            self._reasons[unit] = known.refusal
+            return eager()
+        position = {id(tensor): i for i, tensor in enumerate(known.tensors.values)}
+        positions = tuple([position[id(parameter)] for parameter in parameters])
+        key = (known.plain, shapes(flat), positions)
+        found = self.version(unit, key, lambda: _compile_fisher_product(policy, known.tensors, observations, positions))
+        if found is None:
+            return eager()
+        return _FisherProduct(found, [*known.tensors.values, *flat], eager, partial(self.drifted, unit, key))
+
+    def drifted(self, unit: str, key: Hashable) -> None:
+        """
+        Never use a version again, because it gave something else than the eager function.
+
+        :param unit: its name
+        :param key: its key
+        """
+        reason = "its compiled result differed from the eager one, which is used from now on"
+        self.reject(unit, key, reason)
+        warn_user(f"{unit}: {reason}. Something that it depends on is not a tensor of the policy or the batch.")
+
 
 def _eager_step(policy: Any, observations: Any) -> Any:
     with without_distribution_checks():  # NaN is found in the log-probabilities
@@ -280,3 +325,45 @@ def _compile_policy_step(policy: Any, tensors: Tensors, observations: Any, draws
     th.set_rng_state(state)
     with without_distribution_checks(), th.no_grad():
         return Compiled(compile_function(function, [tensor.detach() for tensor in example]))
+
+
+class _FisherProduct:
+    """v ↦ Fv by a compiled function, compared with the eager one now and then."""
+
+    def __init__(
+        self, compiled: Compiled, inputs: list[th.Tensor], eager: Callable[[], MatVec], on_drift: Callable[[], None]
+    ) -> None:
+        self._compiled, self._inputs, self._make_eager, self._on_drift = compiled, inputs, eager, on_drift
+        self._eager: MatVec | None = None
+
+    def __call__(self, v: th.Tensor) -> th.Tensor:
+        if self._eager is not None:
+            return self._eager(v)
+        with th.no_grad():
+            product = self._compiled.call([*self._inputs, v])[0]
+        if self._compiled.is_due():
+            eager = self._make_eager()
+            wanted = eager(v)
+            if not agree([product], [wanted]):
+                self._eager = eager
+                self._on_drift()
+                return wanted
+        return product
+
+
+def _compile_fisher_product(policy: Any, tensors: Tensors, observations: Any, positions: Sequence[int]) -> Compiled:
+    n_tensors = len(tensors.values)
+
+    def function(*flat: th.Tensor) -> list[th.Tensor]:
+        def outputs() -> Any:
+            return fisher_outputs(policy.get_distribution(unflat_observations(observations, flat[n_tensors:-1])))
+
+        y, metric = tensors.replaced(flat[:n_tensors], outputs)
+        return [fisher_vector_product(y, metric, [flat[i] for i in positions])(flat[-1])]
+
+    n_entries = sum(tensors.values[i].numel() for i in positions)
+    example = [*tensors.values, *flat_observations(observations), tensors.values[positions[0]].new_ones(n_entries)]
+    with without_distribution_checks():
+        return Compiled(
+            compile_function(function, [x.detach().requires_grad_(i in positions) for i, x in enumerate(example)])
+        )

@@ -99,7 +99,11 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
 
     def _calls_per_rollout(self, hp: TRPOHparams) -> dict[str, int]:
         n_minibatches = hp.n_steps * self.n_envs // hp.batch_size
-        return {**super()._calls_per_rollout(hp), "critic update": hp.n_critic_updates * n_minibatches}
+        return {
+            **super()._calls_per_rollout(hp),
+            "critic update": hp.n_critic_updates * n_minibatches,
+            "Fisher product": hp.cg_max_steps + 1,
+        }
 
     def update(self, hp: TRPOHparams, metrics: Metrics) -> None:
         """One step of the policy within the trust region, then the critic's own epochs."""
@@ -138,12 +142,8 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         gradients = th.autograd.grad(loss, parameters, retain_graph=fisher is not None, allow_unused=True)
         actor = [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
         gradient = -flatten([g for g in gradients if g is not None])  # of the surrogate, which is maximised
-        if fisher is None:
-            thinned = every(batch, hp.fisher_sub_sampling_factor).observations
-            fisher = fisher_outputs(self.policy.get_distribution(thinned))
-        divisor = self._kl_divisor(hp)
-        product = fisher_vector_product(*fisher, actor, damping=divisor * hp.cg_damping)
-        step = self._full_step(lambda v: product(v) / divisor, gradient, hp)
+        divisor, product = self._kl_divisor(hp), self._fisher_product(batch, fisher, actor, hp)
+        step = self._full_step(lambda v: product(v) / divisor + hp.cg_damping * v, gradient, hp)
         found = NO_STEP
         if bool(step.any()) and bool(th.isfinite(loss.detach() + gradient.sum() + step.sum())):
             found = self._search(self._evaluator(batch, actor, step, old, hp), hp)
@@ -155,6 +155,23 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         else:
             self._count_nonfinite(loss, batch)
         return actor
+
+    def _fisher_product(
+        self,
+        batch: RolloutSamples,
+        outputs: tuple[Parameters, MatVec] | None,
+        actor: list[nn.Parameter],
+        hp: TRPOHparams,
+    ) -> MatVec:
+        """Products with F, compiled or not; on fewer states than the gradient's if so set: then without ``outputs``."""
+        observations = every(batch, hp.fisher_sub_sampling_factor).observations
+
+        @th.enable_grad()
+        def eager() -> MatVec:
+            found = outputs or fisher_outputs(self.policy.get_distribution(observations))
+            return fisher_vector_product(*found, actor)
+
+        return self._engine.fisher_product(self.policy, observations, actor, eager)
 
     def _kl_divisor(self, hp: TRPOHparams) -> int:
         """1; sb3-contrib takes the mean of the KL over the entries of Box and MultiBinary actions, not its sum."""

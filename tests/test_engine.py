@@ -196,6 +196,28 @@ def test_a_policy_of_images_is_compiled_and_equals_the_eager_one() -> None:
     th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("space", ACTION_SPACES, ids=lambda space: type(space).__name__)
+@pytest.mark.parametrize("thinning", [1, 3])
+def test_a_compiled_step_in_the_trust_region_is_the_eager_one(space: spaces.Space[Any], thinning: int) -> None:
+    kwargs = {**SMALL, "n_envs": 1, "n_critic_updates": 1, "batch_size": 32, "fisher_sub_sampling_factor": thinning}
+    compiled, eager = compiled_and_eager(TRPOPlus, lambda: Arms(space), 32, **kwargs)
+    assert "Fisher product: compiled (1 version(s)" in compiled.engine_report()
+    assert "Fisher product" not in eager.engine_report().replace("Fisher product: eager, compile=False", "")
+    # Conjugate gradient enlarges rounding by the condition of the Fisher matrix.
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-3, atol=1e-4)
+
+
+def test_a_compiled_fisher_product_that_drifts_is_put_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    kwargs = {**SMALL, "batch_size": 32, "n_critic_updates": 1}
+    model = TRPOPlus("MlpPolicy", "Pendulum-v1", **kwargs, compile=True).learn(ITERATION)
+    (version,) = model._engine._functions["Fisher product"].values()
+    monkeypatch.setattr(version, "call", lambda inputs: [2 * inputs[-1]])
+    monkeypatch.setattr(version, "n_calls", 15)  # the next is compared
+    with pytest.warns(UserWarning, match="Fisher product: its compiled result differed"):
+        model.learn(ITERATION, reset_num_timesteps=False)
+    assert "Fisher product: eager, its compiled result differed" in model.engine_report()
+
+
 def test_frozen_layers_stay_and_the_rest_moves_as_without_a_compiler() -> None:
     def frozen(compile: bool) -> Any:
         model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=compile)
@@ -380,9 +402,9 @@ def test_a_class_that_somebody_patched_after_compiling_is_found_out(monkeypatch:
         return 2 * values, log_prob, entropy
 
     monkeypatch.setattr(ActorCriticPolicy, "evaluate_actions", doubled)
-    with pytest.warns(UserWarning, match="its compiled gradient differed from the eager one"):
+    with pytest.warns(UserWarning, match="its compiled result differed from the eager one"):
         model.learn(2 * ITERATION, reset_num_timesteps=False)  # calls 5 to 12; call 8 is compared
-    assert "update: eager, its compiled gradient differed" in model.engine_report()
+    assert "update: eager, its compiled result differed" in model.engine_report()
 
 
 def test_something_that_keeps_changing_is_not_compiled_again_and_again() -> None:
