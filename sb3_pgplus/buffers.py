@@ -265,7 +265,10 @@ class TorchRolloutBuffer(RolloutBuffer):
         assert self.full, "the rollout is not complete"
         n_samples = self.buffer_size * self.n_envs
         samples = self._gather(np.random.permutation(n_samples), observations)
-        yield from _split(samples, batch_size or n_samples)
+        if batch_size is None or batch_size >= n_samples:
+            yield samples
+        else:
+            yield from _split(samples, batch_size)
 
     def _gather(self, indices: np.ndarray[Any, Any], observations: th.Tensor | None) -> RolloutSamples:
         # Storage is time-major: sample n·T + t lies in row t·N + n.
@@ -361,6 +364,16 @@ def _fits(source: th.dtype, target: th.dtype) -> bool:
     if source.is_floating_point or target.is_floating_point:
         return target.is_floating_point
     return th.promote_types(source, target) == target
+
+
+def stored_field(buffer: RolloutBuffer, name: str) -> Any:
+    """
+    What a buffer stores: the tensor on its device in ours, the NumPy array in SB3's.
+
+    :param buffer: either
+    :param name: of the field
+    """
+    return buffer.tensor(name) if isinstance(buffer, TorchRolloutBuffer) else getattr(buffer, name)
 
 
 def map_observations(observations: Any, function: Callable[[th.Tensor], Any]) -> Any:

@@ -16,6 +16,7 @@ from sb3_pgplus.buffers import (
     map_observations,
     select,
     split_observations,
+    stored_field,
 )
 from sb3_pgplus.core.advantages import (
     discounted_returns,
@@ -54,16 +55,6 @@ ESTIMATORS: dict[str, Estimator] = {
     "monte_carlo": lambda hp, *rollout: monte_carlo_advantages(*rollout, gamma=hp.gamma),
     "n_step": lambda hp, *rollout: n_step_advantages(*rollout, gamma=hp.gamma, horizon=hp.n_step_horizon),
 }
-
-
-def stored_field(buffer: RolloutBuffer, name: str) -> Any:
-    """
-    What a buffer stores: the tensor on its device in ours, the NumPy array in SB3's.
-
-    :param buffer: either
-    :param name: of the field
-    """
-    return buffer.tensor(name) if isinstance(buffer, TorchRolloutBuffer) else getattr(buffer, name)
 
 
 class RolloutProcessing(_Base):

@@ -5,11 +5,10 @@ from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import numpy as np
 import torch as th
 from torch import nn
 
-from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer
+from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer, stored_field
 from sb3_pgplus.compiled_update import Gradient, GradientProblem, LossFunction
 from sb3_pgplus.core.advantages import normalize
 from sb3_pgplus.core.losses import clipped_value_loss, explained_variance, value_clip_fraction, value_loss
@@ -210,11 +209,13 @@ class GradientUpdates(_Base):
         for name, value in metrics.reduce().items():
             self.logger.record(name, value)
         buffer = self.rollout_buffer
-        values, returns = (th.as_tensor(np.asarray(x)).flatten() for x in (buffer.values, buffer.returns))
-        advantages = np.asarray(buffer.advantages)
+        values, returns, advantages = (
+            th.as_tensor(stored_field(buffer, name)) for name in ("values", "returns", "advantages")
+        )
         self.logger.record("train/explained_variance", float(explained_variance(values, returns)))
-        self.logger.record("train/advantage_mean", float(advantages.mean()))
-        self.logger.record("train/advantage_std", float(advantages.std()))
+        std, mean = th.std_mean(advantages, correction=0)
+        self.logger.record("train/advantage_mean", float(mean))
+        self.logger.record("train/advantage_std", float(std))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

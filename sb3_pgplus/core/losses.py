@@ -205,4 +205,5 @@ def explained_variance(values: th.Tensor, returns: th.Tensor) -> th.Tensor:
     check_same_shape(values=values, returns=returns)
     explained = 1 - (returns - values).var(correction=0) / returns.var(correction=0)
     # Equality of the extremes, since rounding leaves a tiny variance in constant float32 returns.
-    return th.where(returns.max() == returns.min(), th.full_like(explained, th.nan), explained)
+    smallest, largest = returns.aminmax()
+    return explained.masked_fill(smallest == largest, th.nan)
