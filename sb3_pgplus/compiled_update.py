@@ -103,6 +103,8 @@ class CompiledUpdate:
         trained = tuple([id(tensor) in trained_ids for tensor in self._values])
         key = (problem.variant, constants, self._known.plain, shapes(flat), trained, tuple(problem.limits))
         if (self._unit, key) not in self._engine.used:
+            if self._engine.keeps_changing(self._unit):
+                return
             self._eager(batch)  # shows which parameters the loss depends on
             self._engine.used[self._unit, key] = tuple([p.grad is not None for p in self._trained])
         is_used = self._engine.used[self._unit, key]

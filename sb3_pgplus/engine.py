@@ -181,8 +181,7 @@ class Engine:
             return versions[key]
         if (unit, key) in self._refused:
             return None
-        if len(versions) >= _MAX_VERSIONS:
-            self._reasons[unit] = f"what it depends on changed more than {_MAX_VERSIONS - 1} times"
+        if self.keeps_changing(unit):
             return None
         try:
             versions[key] = self._announced(unit, build)
@@ -194,6 +193,17 @@ class Engine:
             self.reject(unit, key, f"the compiler failed: {first_line[:200]}")
             return None
         return versions[key]
+
+    def keeps_changing(self, unit: str) -> bool:
+        """
+        Whether a unit has had so many versions that no further one is made.
+
+        :param unit: its name
+        """
+        is_full = len(self._functions.get(unit, {})) >= _MAX_VERSIONS
+        if is_full:
+            self._reasons[unit] = f"what it depends on changed more than {_MAX_VERSIONS - 1} times"
+        return is_full
 
     def reject(self, unit: str, key: Hashable, reason: str) -> None:
         """
