@@ -34,7 +34,7 @@ from zipfile import ZipFile
 
 names = set(ZipFile(sys.argv[1]).namelist())
 expected = {"sb3_pgplus/__init__.py", "sb3_pgplus/py.typed"}
-expected |= {f"sb3_pgplus/zoo_configs/{path.name}" for path in Path("zoo_configs").glob("*.yml")}
+expected |= {f"sb3_pgplus/{path}" for path in Path("zoo_configs").rglob("*.yml")}
 if missing := sorted(expected - names):
     sys.exit(f"wheel check: the wheel lacks {', '.join(missing)}")
 if strays := sorted(name for name in names if not name.startswith(("sb3_pgplus/", "sb3_pgplus-"))):

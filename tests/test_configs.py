@@ -11,9 +11,10 @@ import torch
 import yaml
 from gymnasium import spaces
 
-from sb3_pgplus import configs, environments
+from sb3_pgplus import configs, environments, presets
 from sb3_pgplus.configs import ConfigError, parse_assignment, parse_yaml, resolve_settings
 from sb3_pgplus.construction import PLUMBING
+from sb3_pgplus.schedules import as_schedule, describe_schedule
 
 #: No packaged file has a block for it.
 UNLISTED = "Taxi-v3"
@@ -76,6 +77,151 @@ def test_rl_zoo3_finds_what_it_demands_in_every_block(path: Path, env: str) -> N
 def test_the_budgets_of_the_learning_targets() -> None:
     assert resolve_settings(env="CartPole-v1").n_timesteps <= 100_000
     assert resolve_settings(env="Pendulum-v1").n_timesteps <= 150_000
+
+
+@pytest.mark.parametrize("path", ZOO_CONFIGS, ids=lambda path: path.stem)
+def test_every_packaged_file_has_settings_for_the_usual_environments(path: Path) -> None:
+    listed = set(yaml.safe_load(path.read_text(encoding="utf-8")))
+    mujoco = {name for name, spec in gym.registry.items() if spec.namespace is None and _is_mujoco_v5(spec)}
+    assert len(mujoco) == 11
+    others = {"CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0"}
+    others |= {"LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3", "atari", "default"}
+    assert listed == mujoco | others
+
+
+def _is_mujoco_v5(spec: Any) -> bool:
+    return spec.version == 5 and "envs.mujoco" in str(spec.entry_point)
+
+
+# --- the ablation -----------------------------------------------------------------------------------------------------
+
+#: File → what it changes, on top of which other file or of the constructor's defaults.
+ABLATION: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "no_policy_clip": (None, {"clip_range": None}),
+    "no_value_clip": (None, {"clip_range_vf": None}),
+    "no_gae": (None, {"advantage_estimator": "monte_carlo"}),
+    "no_advantage_normalization": (None, {"normalize_advantage": False}),
+    "with_kl_penalty": (None, {"kl_coef": 1.0}),
+    "with_entropy_bonus": (None, {"ent_coef": 0.01}),
+    "no_reward_normalization": (None, {"normalize_rewards": False}),
+    "no_reward_clip": (None, {"clip_rewards": None}),
+    "no_observation_normalization": (None, {"normalize_observations": False}),
+    "no_observation_clip": (None, {"clip_observations": None}),
+    "no_orthogonal_init": (None, {"ortho_init": False}),
+    "no_clip_annealing": (None, {"clip_range": 0.2}),
+    "no_learning_rate_annealing": (None, {"learning_rate": 3e-4}),
+    "no_adam_eps": (None, {"adam_eps": 1e-8}),
+    "no_tanh": (None, {"activation_fn": "relu"}),
+    "no_gradient_clip": (None, {"max_grad_norm": None}),
+    "no_truncation_bootstrap": (None, {"bootstrap_truncated": False}),
+    "no_recomputed_advantages": (None, {"recompute_advantages": False}),
+    "with_value_target_normalization": (None, {"normalize_value_targets": True}),
+    "with_critic_learning_rate": (None, {"critic_learning_rate": "lin_0.001"}),
+    "with_critic_epochs": (None, {"n_critic_epochs": 20}),
+    "no_initial_log_std": (None, {"log_std_init": None}),
+    "ppo": (None, {"log_std_init": None, "recompute_advantages": False}),
+    "ppo_noclip": ("ppo", {"clip_range": None}),
+    "ppo_m": (
+        "ppo",
+        {
+            "learning_rate": 3e-4,
+            "clip_range": 0.2,
+            "clip_range_vf": None,
+            "normalize_rewards": False,
+            "clip_observations": None,
+            "ortho_init": False,
+        },
+    ),
+    "trpo_plus": (
+        None,
+        {
+            "n_critic_updates": 10,
+            "cg_max_steps": 10,
+            "line_search_shrinking_factor": 0.5,
+            "fisher_sub_sampling_factor": 10,
+            "learning_rate": "lin_0.0003",
+        },
+    ),
+    # What PPO-M leaves out, as far as TRPO has it.
+    "trpo": (
+        "trpo_plus",
+        {
+            "learning_rate": 3e-4,
+            "clip_range_vf": None,
+            "normalize_rewards": False,
+            "clip_observations": None,
+            "ortho_init": False,
+        },
+    ),
+}
+ABLATION_FOLDER = Path(__file__).resolve().parents[1] / "zoo_configs" / "ablation"
+
+
+def ablation_settings(name: str) -> configs.RunSettings:
+    algo = "trpoplus" if name.startswith("trpo") else "ppoplus"
+    return resolve_settings(algo=algo, env="CartPole-v1", config=ABLATION_FOLDER / f"{name}.yml")
+
+
+def with_defaults(name: str | None, algo: str) -> dict[str, Any]:
+    written = {} if name is None else ablation_settings(name).hyperparameters
+    return configs.algorithm_class(algo).hparams_class.defaults() | written
+
+
+def test_the_ablation_has_no_file_but_those_tested_here() -> None:
+    assert {path.stem for path in ABLATION_FOLDER.iterdir()} == ABLATION.keys()
+
+
+@pytest.mark.parametrize("name", ABLATION)
+def test_a_file_of_the_ablation_changes_exactly_what_its_name_says(name: str) -> None:
+    base, difference = ABLATION[name]
+    settings = ablation_settings(name)
+    ours, theirs = with_defaults(name, settings.algo), with_defaults(base, settings.algo)
+    assert {key: value for key, value in ours.items() if value != theirs[key]} == difference
+    if base is None:
+        assert settings.hyperparameters == difference  # nothing is repeated
+    assert (settings.n_envs, settings.n_timesteps) == (1, 1_000_000)
+
+
+@pytest.mark.parametrize("name", ABLATION)
+def test_the_settings_of_the_ablation_make_a_model_that_trains(name: str) -> None:
+    settings = ablation_settings(name)
+    small = {"n_steps": 64, "batch_size": 32, "compile": False}
+    model = configs.algorithm_class(settings.algo)(
+        "MlpPolicy", "Pendulum-v1", device="cpu", **{**settings.hyperparameters, **small}
+    )
+    before = model.policy.parameters_to_vector()
+    model.learn(64)
+    assert {key: getattr(model, key) for key in small} == small
+    assert not np.array_equal(before, model.policy.parameters_to_vector())
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("ppo", presets.LECTURE),
+        ("ppo_m", presets.PPO_MINIMAL),
+        ("ppo_noclip", presets.PPO_NO_CLIP),
+        ("trpo_plus", presets.TRPO_PLUS),
+    ],
+)
+def test_the_ablation_has_the_values_of_the_presets(name: str, preset: dict[str, Any]) -> None:
+    algo = ablation_settings(name).algo
+    ours, theirs = with_defaults(name, algo), with_defaults(None, algo) | preset
+    # What the defaults leave to SB3's policy, the presets write out.
+    by_the_policy = {"ortho_init": True, "activation_fn": "tanh", "adam_eps": 1e-5}
+    for key in ours:
+        pair = [by_the_policy.get(key) if values[key] is None else values[key] for values in (ours, theirs)]
+        assert _written_alike(key, pair[0]) == _written_alike(key, pair[1]), key
+
+
+def _written_alike(name: str, value: Any) -> Any:
+    """``lin_0.0003`` and ``lin_3e-4`` are one schedule."""
+    return describe_schedule(as_schedule(name, value)) if str(value).startswith("lin_") else value
+
+
+def test_each_trick_has_a_file_of_the_ablation() -> None:
+    headers = " ".join(path.read_text(encoding="utf-8").splitlines()[0] for path in ABLATION_FOLDER.iterdir())
+    assert {int(number) for number in re.findall(r"trick (\d+)", headers)} == set(range(1, 19))
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
