@@ -108,6 +108,7 @@ _NOT_TRAINING = {
     "environments.py",
     "configs.py",
     "presets.py",
+    "zoo.py",
     "__init__.py",
 }
 
