@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.configs import (
@@ -167,8 +168,10 @@ class PlusSettings(_Base):
     def _make_copies(self, env_fns: Sequence[Any], monitor_dir: str | None, env_kwargs: dict[str, Any]) -> VecEnv:
         """Stand in for a class: of the functions that build single environments, only the number is needed."""
         assert self.backend is not None
+        name = self.env_name.gym_id
         return make_vec_env(
-            self.env_name.gym_id,
+            # Other processes do not know what --gym-packages has registered in this one.
+            gym.spec(name).make if self.backend == "workers" else name,
             len(env_fns),
             self.seed,
             monitor_dir=monitor_dir,

@@ -54,6 +54,26 @@ def test_packaged_minibatches_fill_each_rollout_exactly(path: Path, env: str) ->
         assert values["n_steps"] * settings.n_envs % values["batch_size"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "env"), BLOCKS)
+def test_the_packaged_settings_train_in_their_environment(path: Path, env: str) -> None:
+    name = {"atari": "BreakoutNoFrameskip-v4", "default": "FrozenLake-v1"}.get(env, env)
+    if "Lander" in env or "Walker-v3" in env:
+        pytest.importorskip("Box2D")
+    short = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "n_critic_updates": 1}
+    settings = resolve_settings(algo=path.stem, env=name, n_envs=2)
+    cls = configs.algorithm_class(path.stem)
+    made = environments.make_environments(settings.environment, n_envs=2, seed=0)
+    policy = settings.policy or environments.policy_for(made.observation_space)
+    arguments = settings.hyperparameters | {key: short[key] for key in short if key in cls.hparams_class.names()}
+    model = cls(policy, made, device="cpu", **arguments)
+    before = model.policy.parameters_to_vector()
+    model.learn(32)
+    made.close()
+    assert np.isfinite(model.policy.parameters_to_vector()).all()
+    assert not np.array_equal(before, model.policy.parameters_to_vector())
+
+
 @pytest.mark.parametrize("path", ZOO_CONFIGS, ids=lambda path: path.stem)
 def test_plain_pyyaml_reads_the_packaged_files_as_we_do(path: Path) -> None:
     # rl_zoo3 reads them with PyYAML, for which 1e-3 is a string.

@@ -317,7 +317,7 @@ def test_names_of_the_package_in_the_text_exist(page: Path) -> None:
 def shell_commands() -> Iterator[list[str]]:
     for page in PAGES:
         for _, _, block in code_blocks(page, "bash"):
-            yield from (shlex.split(line, comments=True) for line in block.splitlines() if line)
+            yield from filter(None, (shlex.split(line, comments=True) for line in block.splitlines()))
 
 
 def test_the_commands_of_the_documentation_exist_with_their_options() -> None:

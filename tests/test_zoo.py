@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,10 @@ logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 for command in sys.argv[1:]:
     sys.argv = ["zoo", *shlex.split(command)]
     print("$", command, flush=True)
-    main()
+    try:
+        main()
+    except SystemExit as stop:  # after --help
+        assert not stop.code, stop.code
 """
 #: Settings that make an update take milliseconds.
 TINY = {
@@ -61,15 +66,11 @@ def parameters(path: Path, algo: str = "ppoplus") -> dict[str, th.Tensor]:
 # --- train, continue, enjoy, optimise, take a trial -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=list(configs.ALGORITHMS))
-def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[str]]:
-    """A whole session with one algorithm: its name, its folder, what each command printed."""
-    algo, folder = request.param, tmp_path_factory.mktemp(request.param)
+def session_commands(algo: str) -> list[str]:
     base = f"--algo {algo} --env CartPole-v1"
     train = f"train {base} --seed 3 --eval-episodes 1"  # a seed with short trials
-    study = "--storage study.log --study-name study --pruner none --no-optim-plots"
-    printed = run_zoo(
-        folder,
+    study = f"--storage {algo}.log --study-name study --pruner none --no-optim-plots"
+    return [
         f"{train} -n 512 --eval-freq 256 --save-freq 256 {TINY[algo]}",
         f"{train} -n 256 --eval-freq -1 -i logs/{algo}/CartPole-v1_1/CartPole-v1.zip {TINY[algo]} learning_rate:0.0",
         f"enjoy {base} --exp-id 1 --no-render -n 600",  # at least one episode, none is longer than 500
@@ -78,11 +79,24 @@ def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         f"{train} -n 64 -optimize --n-trials 2 --n-evaluations 1 {study} -params n_envs:1",
         f"{train} -n 64 --eval-freq -1 {study} --trial-id 0 -params n_envs:1",
         f"{train} -n 64 --eval-freq -1 {study} --trial-id 1 -params n_envs:1",
-    )
-    return algo, folder, printed
+    ]
 
 
 Session = tuple[str, Path, list[str]]
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
+    """A whole session with each algorithm: its name, its folder, what each command printed."""
+    folder = tmp_path_factory.mktemp("sessions")
+    commands = {algo: session_commands(algo) for algo in configs.ALGORITHMS}
+    printed = iter(run_zoo(folder, *chain(*commands.values())))
+    return {algo: (algo, folder, list(islice(printed, len(own)))) for algo, own in commands.items()}
+
+
+@pytest.fixture(params=list(configs.ALGORITHMS))
+def session(request: pytest.FixtureRequest, sessions: dict[str, Session]) -> Session:
+    return sessions[request.param]
 
 
 def run_folder(session: Session, number: int) -> Path:
@@ -248,9 +262,11 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
         "enjoy --env CartPole-v1 --no-render -n 50",
         f"train --env Dict-v0 {own} {small} policy:'\"MultiInputPolicy\"'",
         f"enjoy --env Dict-v0 {own} --no-render -n 40",
-        f"train --env Image-v0 {own} {small} policy:'\"CnnPolicy\"'",
+        f"train --env Image-v0 {own} --vec-env workers {small} policy:'\"CnnPolicy\"'",
         f"enjoy --env Image-v0 {own} --no-render -n 40",
         *(f"{compared} {name} -f {name}" for name in VEC_ENVS),
+        "train --help",
+        "enjoy --help",
     ]
     return folder, run_zoo(folder, *commands)
 
@@ -302,6 +318,18 @@ def _episodes(folder: Path) -> list[tuple[str, ...]]:
     """Return and length of every episode in Monitor's files."""
     lines = [line for path in sorted(folder.glob("*.monitor.csv")) for line in path.read_text().splitlines()[2:]]
     return [tuple(line.split(",")[:2]) for line in lines]
+
+
+def test_the_documented_commands_have_options_that_exist(variants: tuple[Path, list[str]]) -> None:
+    known = {
+        name: set(re.findall(r"(?<![\w-])--?[\w-]+", variants[1][i])) for name, i in (("train", -2), ("enjoy", -1))
+    }
+    pages = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/zoo.md"))
+    commands = [shlex.split(line) for line in re.findall(r"^python -m sb3_pgplus\.zoo (.*)$", pages, re.MULTILINE)]
+    assert len(commands) > 10
+    for command, *arguments in commands:
+        used = {argument for argument in arguments if argument.startswith("-")}
+        assert used <= known[command], (command, used - known[command])
 
 
 # --- registration and errors ------------------------------------------------------------------------------------------
