@@ -354,6 +354,25 @@ def test_registering_twice_adds_our_algorithms_once_and_leaves_the_others(tmp_pa
     run_python(tmp_path, "-c", REGISTERED)
 
 
+CLASS_OF_THE_USER = """
+import argparse
+from stable_baselines3.common.vec_env import DummyVecEnv
+from sb3_pgplus import zoo
+zoo.register()
+from rl_zoo3.exp_manager import ExperimentManager
+manager = type("Manager", (zoo.PlusSettings, ExperimentManager), {"backend": "auto"})
+made = [manager(argparse.Namespace(), "ppoplus", "CartPole-v1", "logs", verbose=0).create_envs(2)]
+ExperimentManager.default_vec_env_cls = DummyVecEnv
+made.append(manager(argparse.Namespace(), "ppoplus", "CartPole-v1", "logs", verbose=0).create_envs(2))
+assert [type(env).__name__ for env in made] == ["SerialVecEnv", "DummyVecEnv"]
+"""
+
+
+def test_a_default_vec_env_cls_goes_before_our_vector_environments(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    run_python(tmp_path, "-c", CLASS_OF_THE_USER)
+
+
 def test_rl_zoo3s_own_command_finds_us_through_custom_envs(tmp_path: Path) -> None:
     (tmp_path / "custom_envs.py").write_text("from sb3_pgplus import zoo\nzoo.register()\n", encoding="utf-8")
     command = f"--algo a2cplus --env CartPole-v1 -n 128 --eval-freq -1 {TINY['a2cplus']}".split()
