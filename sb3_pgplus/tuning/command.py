@@ -95,7 +95,10 @@ def run(
     def on_trial(study: optuna.Study, trial: FrozenTrial) -> None:
         bar.trial_ended(study, trial)
         if project is not None:
-            tracking.track(study, trial, project)
+            try:
+                tracking.track(study, trial, project)
+            except Exception as error:  # a tracker that cannot be reached costs its picture, not the study
+                console.print(f"[yellow]Trial {trial.number} is not tracked: {escape(str(error))}", soft_wrap=True)
         write_results(TuningResult(study, plan, []), place.folder, with_page=False)
 
     try:

@@ -155,6 +155,7 @@ class Objective:
         """Of all trials that have not failed, only the first ``n_trials`` may run: exact, without any lock."""
         earlier = trial.study.get_trials(deepcopy=False)[: trial.number]
         if sum(t.state != optuna.trial.TrialState.FAIL for t in earlier) >= self.plan.n_trials:
+            trial.set_user_attr("error", "not needed: another worker was faster")
             raise SurplusTrialError("another worker was faster")
 
     def _train(self, trial: optuna.Trial, settings: RunSettings, runs: list[SeedRun]) -> None:

@@ -118,6 +118,7 @@ class RankingObjective(Objective):
         :param trial: a candidate; one that fails here is not ranked
         """
         if "candidate" not in trial.user_attrs:  # the queue ran empty between looking and asking
+            trial.set_user_attr("error", "not needed: all candidates are taken")
             raise SurplusTrialError("all candidates are taken")
         try:
             return super().__call__(trial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,9 @@ def page(result: TuningResult) -> str:
     for title, draw in _figures(result.plan):
         parts.append(f"<h2>{title}</h2>")
         try:
-            parts.append(plotly.io.to_html(draw(study), full_html=False, include_plotlyjs=False))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # experimental plots, and the sign of a target, which is minded below
+                parts.append(plotly.io.to_html(draw(study), full_html=False, include_plotlyjs=False))
         except Exception as error:  # with few trials, or equal values, some of them cannot be drawn
             parts.append(f"<p>Not drawn: {html.escape(str(error))}</p>")
     head = f'<meta charset="utf-8"><title>{html.escape(study.study_name)}</title><style>{STYLE}</style>'
@@ -162,7 +165,9 @@ def _figures(plan: TuningPlan) -> Iterator[tuple[str, Callable[[optuna.Study], A
     if several:
         yield "Pareto front", lambda study: draw.plot_pareto_front(study, target_names=list(plan.goals))
     yield "History", lambda study: draw.plot_optimization_history(study, **target)
-    yield "Importances", lambda study: draw.plot_param_importances(study, **target)
+    # Importances are those for reaching low values of a target that is named.
+    lowest: dict[str, Any] = {"target": lambda t: -t.values[0], "target_name": "return"} if several else {}
+    yield "Importances", lambda study: draw.plot_param_importances(study, **lowest)
     yield "Slices", lambda study: draw.plot_slice(study, **target)
     yield "Parallel coordinates", lambda study: draw.plot_parallel_coordinate(study, **target)
     yield "Timeline", draw.plot_timeline

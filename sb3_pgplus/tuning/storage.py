@@ -41,7 +41,8 @@ def open_storage(where: str, heartbeat: int = 30) -> BaseStorage:
     try:
         if where.startswith("grpc://"):
             host, _, port = where.removeprefix("grpc://").partition(":")
-            return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
+            with quiet_optuna():
+                return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
         if "://" in where:
             return _open_database(where, heartbeat)
         if where.endswith(".log"):
