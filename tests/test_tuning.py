@@ -29,9 +29,9 @@ pytest.importorskip("plotly")
 
 from optuna.trial import TrialState  # noqa: E402
 
+from sb3_pgplus import PPOPlus, make_vec_env  # noqa: E402
 from sb3_pgplus.cli import app  # noqa: E402
 from sb3_pgplus.configs import ConfigError, algorithm_class, algorithm_names, resolve_settings  # noqa: E402
-from sb3_pgplus import PPOPlus, make_vec_env  # noqa: E402
 from sb3_pgplus.tuning import OptunaCallback, TuningPlan, tune  # noqa: E402
 from sb3_pgplus.tuning import objective as objectives  # noqa: E402
 from sb3_pgplus.tuning.plan import FIRST_TEST_SEED  # noqa: E402
