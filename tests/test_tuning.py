@@ -584,6 +584,19 @@ def leave_a_dead_trial(study: Any) -> Any:
     return trial
 
 
+def test_a_worker_that_died_before_its_first_heartbeat_blocks_nobody(
+    small_space: Path, tmp_path: Path, pretend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(lambda settings, seed: settings["gae_lambda"])
+    storage = sqlite(tmp_path)
+    study = tune(tiny(small_space, n_trials=1), storage, "study").study
+    dead = study.ask()
+    monkeypatch.setattr("sb3_pgplus.tuning.storage.SIGN_OF_LIFE_SECONDS", 0.01)
+    trials = tune(tiny(small_space, n_trials=3), storage, "study").study.trials
+    assert trials[dead.number].state == TrialState.FAIL
+    assert sum(trial.state in FINISHED for trial in trials) == 3
+
+
 @pytest.mark.parametrize("kind", ["journal", "grpc"])
 def test_without_a_heartbeat_dead_trials_are_found_and_requeued_at_the_start(
     kind: str, small_space: Path, tmp_path: Path, pretend: Any

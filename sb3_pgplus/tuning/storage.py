@@ -119,13 +119,14 @@ def recover_dead_trials(study: optuna.Study, storage: BaseStorage) -> list[int]:
     :param storage: where it is stored
     :return: numbers of the dead trials that were found here
     """
-    if has_heartbeat(storage):
+    heartbeat = has_heartbeat(storage)
+    if heartbeat:
         with quiet_optuna():
             optuna.storages.fail_stale_trials(study)
-        return []
     dead = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not _is_dead(trial):
+        # With a heartbeat, what is left is a worker that died before its first one, and before it said who it is.
+        if not _is_dead(trial) or (heartbeat and "worker" in trial.user_attrs):
             continue
         try:
             study.tell(trial.number, state=TrialState.FAIL)
