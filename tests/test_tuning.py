@@ -318,12 +318,13 @@ def test_the_other_samplers_search_too(sampler: str, small_space: Path, tmp_path
 
 
 def test_several_goals_give_a_pareto_front(small_space: Path, tmp_path: Path, pretend: Any) -> None:
-    pretend(lambda settings, seed: 100 * settings["gae_lambda"])
+    pretend(lambda settings, seed: 100 * settings.get("gae_lambda", 0.95))
     plan = tiny(small_space, goals=("return", "time"), prune="none", n_trials=8, top=2, test_seeds=(FIRST_TEST_SEED,))
     result = tune(plan, journal(tmp_path), "study")
     assert [direction.name for direction in result.study.directions] == ["MAXIMIZE", "MINIMIZE"]
     front = {trial.number for trial in result.study.best_trials}
-    assert {candidate.number for candidate in result.ranking} <= front
+    assert {candidate.number for candidate in result.ranking} <= front | {None}  # None: the defaults, never tried
+    assert [candidate.origin for candidate in result.ranking].count("default") == 1
     assert "Pareto front" in page(result) and "Not drawn" not in page(result).partition("Importances")[0]
 
 

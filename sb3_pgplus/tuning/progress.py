@@ -56,6 +56,8 @@ class StudyProgress:
         parts = [f"{states.count(TrialState.RUNNING)} running", _best(study, self._plan)]
         if failed := states.count(TrialState.FAIL):
             parts.insert(1, f"[red]{failed} failed[/]")
+        if done >= self._plan.n_trials:
+            parts[0] = "ranking on test seeds"
         self._bar.update(self._task, completed=min(done, self._plan.n_trials), description="  ".join(parts))
 
     def trial_ended(self, study: optuna.Study, trial: FrozenTrial) -> None:

@@ -13,6 +13,7 @@ from scipy.stats import bootstrap, trim_mean
 
 from sb3_pgplus.tuning.objective import Objective, SurplusTrialError, iqm, stored_runs
 from sb3_pgplus.tuning.plan import TuningPlan
+from sb3_pgplus.tuning.spaces import default_settings
 from sb3_pgplus.tuning.trainings import TrainingFailedError
 
 RESAMPLES = 5000
@@ -22,7 +23,8 @@ RESAMPLES = 5000
 class Candidate:
     """A trial of the search, ranked."""
 
-    number: int
+    number: int | None
+    """Nothing for the defaults where the search has not tried them."""
     origin: str
     """``"default"``, ``"config"`` or ``"search"``."""
     exact: dict[str, Any]
@@ -91,7 +93,12 @@ def candidates_of(study: optuna.Study, plan: TuningPlan) -> list[Candidate]:
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     defaults = [trial for trial in finished if trial.user_attrs.get("origin") == "default"]
     numbers = {trial.number for trial in trials}
-    return [_candidate(trial) for trial in [*trials, *(t for t in defaults[:1] if t.number not in numbers)]]
+    candidates = [_candidate(trial) for trial in [*trials, *(t for t in defaults[:1] if t.number not in numbers)]]
+    if trials and not defaults:
+        settings = default_settings(plan.settings)
+        exact = {"n_envs": settings.n_envs, "hyperparameters": settings.hyperparameters}
+        candidates.append(Candidate(None, "default", exact, None))
+    return candidates
 
 
 def _candidate(trial: FrozenTrial) -> Candidate:
@@ -129,17 +136,24 @@ class RankingObjective(Objective):
         """All candidates are to run."""
 
 
-def ranked(study: optuna.Study, test: optuna.Study, plan: TuningPlan) -> list[Candidate]:
+def enqueue(test: optuna.Study, candidate: Candidate) -> None:
     """
-    :param study: the search
-    :param test: the same candidates on the test seeds
+    :param test: the study of the ranking
+    :param candidate: one to run
+    """
+    known = {"number": candidate.number, "origin": candidate.origin, "search_score": candidate.search_score}
+    test.enqueue_trial({}, user_attrs={"candidate": known, "exact": candidate.exact})
+
+
+def ranked(test: optuna.Study, plan: TuningPlan) -> list[Candidate]:
+    """
+    :param test: the study of the ranking
     :param plan: the search's
     :return: best first
     """
-    trials = study.get_trials(deepcopy=False)
     candidates = []
     for tested in test.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         scores = [run.score(plan.objective) for run in sorted(stored_runs(tested), key=lambda run: run.seed)]
-        candidate = _candidate(trials[tested.user_attrs["candidate"]])
-        candidates.append(replace(candidate, test_scores=scores, interval=interval_of(scores)))
-    return sorted(candidates, key=lambda candidate: (-(candidate.test_score or 0.0), candidate.number))
+        known = {**tested.user_attrs["candidate"], "exact": tested.user_attrs["exact"]}
+        candidates.append(Candidate(**known, test_scores=scores, interval=interval_of(scores)))
+    return sorted(candidates, key=lambda candidate: iqm(candidate.test_scores), reverse=True)

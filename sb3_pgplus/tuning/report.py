@@ -72,7 +72,8 @@ def best_settings(result: TuningResult) -> tuple[str, dict[str, Any]] | None:
             return None
         number, exact = trials[0].number, trials[0].user_attrs["settings"]
         score = f"{trials[0].values[0]:.6g} on the tuning seeds, not tested on others"
-    header = f"# Trial {number} of the study {result.study.study_name}: {score}.\n"
+    which = "The constructor's defaults" if number is None else f"Trial {number}"
+    header = f"# {which} of the study {result.study.study_name}: {score}.\n"
     return header, _run_settings(result.plan, exact)
 
 
@@ -201,5 +202,11 @@ def ranking_row(candidate: Candidate) -> tuple[str, ...]:
     :return: a cell for each of ``RANKING_COLUMNS``
     """
     interval = f"{candidate.interval[0]:,.2f} to {candidate.interval[1]:,.2f}" if candidate.interval else "–"
-    score = "gave up" if candidate.search_score is None else f"{candidate.search_score:,.2f}"
-    return str(candidate.number), candidate.origin, f"{candidate.test_score:,.2f}", interval, score
+    score = "–" if candidate.search_score is None else f"{candidate.search_score:,.2f}"
+    return (
+        "–" if candidate.number is None else str(candidate.number),
+        candidate.origin,
+        f"{candidate.test_score:,.2f}",
+        interval,
+        score,
+    )

@@ -17,7 +17,7 @@ from sb3_pgplus.environments import make_environments
 from sb3_pgplus.training import build_model
 from sb3_pgplus.tuning.objective import Objective, SurplusTrialError
 from sb3_pgplus.tuning.plan import GOALS, TuningPlan, differences
-from sb3_pgplus.tuning.ranking import Candidate, RankingObjective, candidates_of, ranked
+from sb3_pgplus.tuning.ranking import Candidate, RankingObjective, candidates_of, enqueue, ranked
 from sb3_pgplus.tuning.spaces import default_settings, known_params
 from sb3_pgplus.tuning.storage import open_storage, quiet_optuna, recover_dead_trials, requeue
 
@@ -264,7 +264,7 @@ def _rank(
         test = optuna.load_study(storage=storage, study_name=name)
     else:
         for candidate in candidates:
-            test.enqueue_trial({}, user_attrs={"candidate": candidate.number, "exact": candidate.exact})
+            enqueue(test, candidate)
         test.set_user_attr("test_seeds", list(plan.test_seeds))  # last: who joins waits for it
     while "test_seeds" not in test.user_attrs:
         time.sleep(0.1)
@@ -274,4 +274,4 @@ def _rank(
         recover_dead_trials(test, storage)
         if not count(test, TrialState.WAITING) or _one_trial(test, objective) is None:
             time.sleep(POLL_SECONDS)
-    return ranked(study, test, plan)
+    return ranked(test, plan)
