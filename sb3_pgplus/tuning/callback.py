@@ -33,12 +33,13 @@ class OptunaCallback(EvalCallback):
             eval_env, n_eval_episodes=n_eval_episodes, eval_freq=eval_freq, deterministic=deterministic, verbose=0
         )
         self.trial = trial
+        self._steps_between = eval_freq
         self.pruned = False
 
     def _on_training_start(self) -> None:
         super()._on_training_start()
         # EvalCallback counts its calls, and there is one for a step of all environments.
-        self.eval_freq = max(self.eval_freq // self.training_env.num_envs, 1)
+        self.eval_freq = max(self._steps_between // self.training_env.num_envs, 1)
 
     def _on_step(self) -> bool:
         going_on = super()._on_step()

@@ -73,10 +73,10 @@ def is_alive(worker: str) -> bool | None:
     Tell whether a worker still runs.
 
     :param worker: a :func:`worker_name`
-    :return: ``None`` if it is, or was, on another machine
+    :return: ``None`` if this machine cannot tell, as it is or was on another one
     """
     host, pid, started = worker.rsplit(":", 2)
-    if host != platform.node():
+    if host != platform.node() or os.name != "posix":  # elsewhere `kill` has no way to ask only
         return None
     try:
         os.kill(int(pid), 0)

@@ -39,9 +39,6 @@ class Parameter:
     to_setting: Callable[[Any], Any] = _same
     from_setting: Callable[[Any], Any] = _same
 
-    def __post_init__(self) -> None:
-        assert self.setting, "a row without a setting has no effect"
-
 
 Space = Mapping[str, Parameter]
 
