@@ -158,11 +158,10 @@ def train_seeds(
                 for ready in wait(list(running), timeout=POLL_SECONDS):
                     assert isinstance(ready, Connection)
                     message = _receive(ready, running[ready])
+                    _check_memory(message.memory, protocol)
                     if isinstance(message, Measured):
-                        _check_memory(message.memory, protocol)
                         on_evaluation(message)
                     else:
-                        _check_memory(message.memory, protocol)
                         finished[message.seed] = message
                         _end(ready, running.pop(ready))
                 _check_time(running, protocol)
