@@ -1,5 +1,5 @@
 """
-The command ``sb3-pgplus train|evaluate|enjoy|profile``; ``python -m sb3_pgplus.cli`` is the same.
+The command ``sb3-pgplus train|evaluate|enjoy|profile|tune``; ``python -m sb3_pgplus.cli`` is the same.
 
 Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answers at once.
 """
@@ -242,6 +242,120 @@ def profile(
         console.print(measured.summary(), highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command()
+def tune(
+    *,
+    env: Annotated[str | None, typer.Option("--env", help="Environment id; package:MyEnv-v0 for your own.")] = None,
+    algo: Annotated[str | None, typer.Option("--algo", help="ppoplus (default), a2cplus or trpoplus.")] = None,
+    n_timesteps: Annotated[
+        float | None, typer.Option("--n-timesteps", help="Length of one training.", show_default=False)
+    ] = None,
+    n_trials: Annotated[int, typer.Option("--n-trials", help="Finished trials of the study, by all workers.")] = 50,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of a trial.")] = 5,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Trainings side by side; by default one for each processor.")
+    ] = None,
+    space: Annotated[
+        Path | None, typer.Option("--space", help="YAML search space in place of the built-in one.")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option("--objective", help="final (last evaluations) or auc (mean of all).")
+    ] = "final",
+    multi_objective: Annotated[
+        str, typer.Option("--multi-objective", help="return,time or return,memory or all three: a Pareto front.")
+    ] = "return",
+    prune: Annotated[
+        str, typer.Option("--prune", help="seeds (Wilcoxon test), time (Hyperband within a training) or none.")
+    ] = "seeds",
+    prune_p: Annotated[float, typer.Option("--prune-p", help="Of the Wilcoxon test; higher gives up sooner.")] = 0.1,
+    sampler: Annotated[str, typer.Option("--sampler", help="tpe, gp or random.")] = "tpe",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampler.")] = 0,
+    evaluations: Annotated[int, typer.Option("--evaluations", min=1, help="In a training, equally far apart.")] = 10,
+    eval_episodes: Annotated[int, typer.Option("--eval-episodes", min=1, help="Of each evaluation.")] = 5,
+    max_time: Annotated[float | None, typer.Option("--max-time", help="Most seconds of a training.")] = None,
+    max_memory: Annotated[float | None, typer.Option("--max-memory", help="Most MiB of a training's process.")] = None,
+    top: Annotated[int, typer.Option("--top", min=0, help="Trials to rank on test seeds at the end; 0: none.")] = 3,
+    test_seeds: Annotated[int, typer.Option("--test-seeds", min=1, help="Number of test seeds.")] = 10,
+    enqueue: Annotated[
+        bool, typer.Option("--enqueue/--no-enqueue", help="Begin with the defaults and the configuration's settings.")
+    ] = True,
+    storage: Annotated[
+        str | None, typer.Option("--storage", help="Shared study: database URL, grpc://host:port or a .log journal.")
+    ] = None,
+    study: Annotated[str | None, typer.Option("--study", help="Name; by default ALGO-ENV-STEPS.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; by default runs/tune/STUDY.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue, or join, the study in the folder.")] = False,
+    heartbeat: Annotated[
+        int, typer.Option("--heartbeat", min=1, help="Seconds; a worker that misses four is taken for dead.")
+    ] = 30,
+    dashboard: Annotated[bool, typer.Option("--dashboard", help="Only serve optuna-dashboard on the storage.")] = False,
+    port: Annotated[int, typer.Option("--port", help="Of the dashboard.")] = 8080,
+    track: Annotated[bool, typer.Option("--track", help="One run in Weights & Biases for each trial.")] = False,
+    project: Annotated[str, typer.Option("--project", help="Of Weights & Biases.")] = "sb3_pgplus",
+    n_envs: Annotated[int | None, typer.Option("--n-envs", help="Environments side by side.")] = None,
+    backend: Backend = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML settings, as for train.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, as for train.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")] = "cpu",
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Progress bar.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Search for better hyperparameters; start it several times with one storage to share the work."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.configs import ConfigError, resolve_settings
+
+        try:
+            from sb3_pgplus.tuning import command
+            from sb3_pgplus.tuning.plan import FIRST_TEST_SEED, processors
+        except ImportError as error:
+            raise ConfigError(str(error)) from error
+        settings = resolve_settings(
+            algo=algo,
+            env=env,
+            config=config,
+            overrides=overrides or [],
+            n_envs=n_envs,
+            backend=backend,
+            n_timesteps=n_timesteps,
+        )
+        place = command.place_of(settings, storage=storage, name=study, out=out)
+        if dashboard:
+            command.serve_dashboard(place, port)
+            return
+        plan = command.plan_of(
+            settings,
+            space,
+            n_trials=n_trials,
+            seeds=tuple(range(seeds)),
+            test_seeds=tuple(range(FIRST_TEST_SEED, FIRST_TEST_SEED + test_seeds)),
+            top=top,
+            objective=objective,
+            goals=tuple(name.strip() for name in multi_objective.split(",")),
+            prune=prune,
+            prune_p=prune_p,
+            sampler=sampler,
+            seed=seed,
+            n_evaluations=evaluations,
+            eval_episodes=eval_episodes,
+            max_seconds=max_time,
+            max_memory=max_memory,
+            enqueue=enqueue,
+            jobs=jobs or processors(),
+            device=device,
+        )
+        command.run(
+            plan,
+            place,
+            resume=resume,
+            heartbeat=heartbeat,
+            project=project if track else None,
+            progress=progress,
+            console=Console(),
+        )
+
+
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +374,7 @@ def _errors_as_one_line(debug: bool) -> Iterator[None]:
     except OSError as error:
         _fail(error, EXIT_FAILED, debug)
     except RuntimeError as error:
-        if type(error).__name__ != "TrainingError":
+        if type(error).__name__ not in ("TrainingError", "TuningError"):
             raise
         _fail(error, EXIT_FAILED, debug)
 

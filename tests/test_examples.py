@@ -110,3 +110,11 @@ def test_custom_policy_keeps_its_networks_and_statistics_in_the_zip(tmp_path: Pa
     assert "NormalizedLayerNormPolicy" in output and "WithSquares" in output
     before, after = re.findall(r"\[[^\[\]]+\]", output.splitlines()[-1])
     assert before == after
+
+
+def test_tuning_with_plain_optuna_names_the_best(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    output = run("tune_ppoplus.py", "--timesteps", "640", "--trials", "3", cwd=tmp_path)
+    assert re.search(r"3 trials, \d of them pruned", output)
+    assert re.search(r"best mean return \d+\.\d with \{'learning_rate': [\d.e-]+, 'one_minus_gamma': ", output)
+    assert len((EXAMPLES / "tune_ppoplus.py").read_text(encoding="utf-8").splitlines()) <= 40

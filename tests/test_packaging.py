@@ -68,13 +68,25 @@ OPTIONAL_PACKAGE_OWNERS = {
     "optuna": ("tuning",),
     "optuna_dashboard": ("tuning",),
     "pandas": (),
+    "plotly": ("tuning",),
     "rl_zoo3": ("zoo",),
     "sb3_contrib": (),
     "scipy": ("tuning",),
     "wandb": ("callbacks",),
 }
 #: These cost seconds or need an extra, so they have to wait until they are used.
-HEAVY = ("wandb", "optuna", "rl_zoo3", "matplotlib", "torch._inductor", "mujoco", "envpool")
+HEAVY = (
+    "wandb",
+    "optuna",
+    "plotly",
+    "scipy",
+    "sb3_pgplus.tuning",
+    "rl_zoo3",
+    "matplotlib",
+    "torch._inductor",
+    "mujoco",
+    "envpool",
+)
 HEAVY += tuple(
     f"sb3_pgplus.vec_env.{name}" for name in ("envpool", "gymnasium_adapter", "jax_adapter", "mujoco", "workers")
 )

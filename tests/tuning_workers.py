@@ -1,0 +1,43 @@
+"""
+Starts several `sb3-pgplus tune` at once: ``python tuning_workers.py NUMBER OPTIONS…``; prints process → exit code.
+
+They are forked after the imports and share the server that trainings are forked from: four times as fast as four
+interpreters. Everything else is as if each had been started by itself.
+"""
+
+import json
+import os
+import sys
+from multiprocessing import forkserver
+
+import torch._dynamo  # noqa: F401
+
+from sb3_pgplus.cli import main
+from sb3_pgplus.tuning import command, trainings  # noqa: F401
+
+
+def work(options: list[str]) -> None:
+    sys.argv = ["sb3-pgplus", "tune", *options]
+    code = 1
+    try:
+        main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    trainings._context()
+    server = forkserver._forkserver
+    server.ensure_running()
+    server.ensure_running = lambda: None  # it is not the workers' own child, which they would check
+    children = []
+    for _ in range(int(sys.argv[1])):
+        child = os.fork()
+        if not child:
+            work(sys.argv[2:])
+        children.append(child)
+    codes = {child: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
+    print(json.dumps(codes))
