@@ -43,6 +43,18 @@ PlayedEnv = Annotated[str | None, typer.Option("--env", help="Environment; by de
 PlayedAlgo = Annotated[str | None, typer.Option("--algo", help="Only for a .zip without its config.yml.")]
 PlaySeed = Annotated[int | None, typer.Option("--seed", help="Of the environment; by default a fixed one.")]
 Stochastic = Annotated[bool, typer.Option("--stochastic", help="Sample the actions instead of taking the mode.")]
+Env = Annotated[str | None, typer.Option("--env", help="Environment id; package:MyEnv-v0 for your own.")]
+Algo = Annotated[str | None, typer.Option("--algo", help="ppoplus (default), a2cplus or trpoplus.")]
+NumEnvs = Annotated[int | None, typer.Option("--n-envs", help="Environments side by side.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="YAML settings: rl_zoo3 format, flat, or a run's config.yml.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="One setting, the value in YAML; repeat it for more."),
+]
+TrainSeed = Annotated[int | None, typer.Option("--seed", help="Random seed; by default 0.", show_default=False)]
+Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Progress bar.")]
 Backend = Annotated[
     str | None,
     typer.Option("--backend", help="Runs the environments: auto, dummy, subproc, workers, mujoco, gymnasium, envpool."),
@@ -64,29 +76,24 @@ def _group() -> None:
 @app.command()
 def train(
     *,
-    env: Annotated[str | None, typer.Option("--env", help="Environment id; package:MyEnv-v0 for your own.")] = None,
-    algo: Annotated[str | None, typer.Option("--algo", help="ppoplus (default), a2cplus or trpoplus.")] = None,
+    env: Env = None,
+    algo: Algo = None,
     n_timesteps: Annotated[
         float | None, typer.Option("--n-timesteps", help="Environment steps in total; 1e6 is fine.", show_default=False)
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Random seed; by default 0.", show_default=False)] = None,
-    n_envs: Annotated[int | None, typer.Option("--n-envs", help="Environments side by side.")] = None,
+    seed: TrainSeed = None,
+    n_envs: NumEnvs = None,
     backend: Backend = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Run folder; by default runs/ALGO/ENV/seedS, numbered on if taken.")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="YAML settings: rl_zoo3 format, flat, or a run's config.yml.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="One setting, the value in YAML; repeat it for more."),
-    ] = None,
+    config: Config = None,
+    overrides: Overrides = None,
     device: Device = "auto",
     num_threads: Annotated[
         int | None, typer.Option("--num-threads", min=1, help="Torch's CPU threads; by default 1 without images.")
     ] = None,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Progress bar.")] = True,
+    progress: Progress = True,
     eval_episodes: Annotated[int, typer.Option("--eval-episodes", min=0, help="Evaluation at the end.")] = 10,
     verbose: Annotated[int, typer.Option("--verbose", min=0, max=2, help="From 1 on: SB3's tables as well.")] = 0,
     debug: Debug = False,
@@ -195,9 +202,9 @@ def enjoy(
 @app.command()
 def profile(
     *,
-    env: Annotated[str | None, typer.Option("--env", help="Environment id; package:MyEnv-v0 for your own.")] = None,
-    algo: Annotated[str | None, typer.Option("--algo", help="ppoplus (default), a2cplus or trpoplus.")] = None,
-    n_envs: Annotated[int | None, typer.Option("--n-envs", help="Environments side by side.")] = None,
+    env: Env = None,
+    algo: Algo = None,
+    n_envs: NumEnvs = None,
     backend: Backend = None,
     compiled: Annotated[
         str | None, typer.Option("--compile", help="auto, true or false; auto decides for the whole training.")
@@ -209,11 +216,9 @@ def profile(
         int | None, typer.Option("--n-rollouts", min=1, help="Rollouts to measure; by default 5, or more short ones.")
     ] = None,
     warm_up: Annotated[int, typer.Option("--warm-up", min=1, help="Rollouts before that; compiling is there.")] = 2,
-    seed: Annotated[int | None, typer.Option("--seed", help="Random seed; by default 0.", show_default=False)] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML settings, as for train.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, as for train.")
-    ] = None,
+    seed: TrainSeed = None,
+    config: Config = None,
+    overrides: Overrides = None,
     device: Device = "auto",
     num_threads: Annotated[int | None, typer.Option("--num-threads", min=1, help="Torch's CPU threads.")] = None,
     debug: Debug = False,
@@ -245,8 +250,8 @@ def profile(
 @app.command()
 def tune(
     *,
-    env: Annotated[str | None, typer.Option("--env", help="Environment id; package:MyEnv-v0 for your own.")] = None,
-    algo: Annotated[str | None, typer.Option("--algo", help="ppoplus (default), a2cplus or trpoplus.")] = None,
+    env: Env = None,
+    algo: Algo = None,
     n_timesteps: Annotated[
         float | None, typer.Option("--n-timesteps", help="Length of one training.", show_default=False)
     ] = None,
@@ -292,14 +297,12 @@ def tune(
     port: Annotated[int, typer.Option("--port", help="Of the dashboard.")] = 8080,
     track: Annotated[bool, typer.Option("--track", help="One run in Weights & Biases for each trial.")] = False,
     project: Annotated[str, typer.Option("--project", help="Of Weights & Biases.")] = "sb3_pgplus",
-    n_envs: Annotated[int | None, typer.Option("--n-envs", help="Environments side by side.")] = None,
+    n_envs: NumEnvs = None,
     backend: Backend = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML settings, as for train.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, as for train.")
-    ] = None,
+    config: Config = None,
+    overrides: Overrides = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")] = "cpu",
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Progress bar.")] = True,
+    progress: Progress = True,
     debug: Debug = False,
 ) -> None:
     """Search for better hyperparameters; start it several times with one storage to share the work."""
