@@ -111,6 +111,9 @@ def convert(sampled_params: dict[str, Any]) -> dict[str, Any]:
     for name in ("n_steps", "batch_size"):
         if f"{name}_pow" in settings:
             settings[name] = 2 ** settings.pop(f"{name}_pow")
+    if "batch_size" in settings:
+        # A rollout has n_steps · n_envs samples, and n_envs, 1 or more, is not known here.
+        settings["batch_size"] = min(settings["batch_size"], settings["n_steps"])
     settings["learning_rate"] = f"lin_{settings['learning_rate']!r}"
     return settings
 

@@ -172,6 +172,7 @@ def test_every_sample_is_allowed_and_repeats_from_what_the_study_stores(algo: st
         assert settings.keys() <= set(hparams.names())
         hparams.resolve(hparams.defaults() | settings)
         assert zoo.convert(trial.params) == settings
+        assert settings.get("batch_size", 0) <= settings["n_steps"]  # so never above a rollout, whatever n_envs is
 
 
 # --- what rl_zoo3's parser refuses or misreads ------------------------------------------------------------------------
