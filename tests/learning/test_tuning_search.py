@@ -18,10 +18,14 @@ from sb3_pgplus.tuning.objective import iqm  # noqa: E402
 from sb3_pgplus.tuning.spaces import SPACES, suggest  # noqa: E402
 from sb3_pgplus.tuning.study import make_sampler  # noqa: E402
 
-N_TRIALS = 100
+N_TRIALS = 60
 REPETITIONS = 20
 SEEDS = 5
-NOISE = 0.1
+NOISE = 0.3
+#: What the ranking costs is search for the other side: 60 · 5 + 3 · 10 trainings are 66 · 5.
+TOP, TEST_SEEDS = 3, 10
+N_RANDOM_TRIALS = N_TRIALS + TOP * TEST_SEEDS // SEEDS
+SOLVED = 475
 
 
 def valley(x: dict[str, Any]) -> float:
@@ -44,33 +48,42 @@ def switches(x: dict[str, Any]) -> float:
     return 0.5 * good - (math.log10(x["learning_rate"]) + 3) ** 2
 
 
-def best_found(sampler: str, seed: int, function: Callable[[dict[str, Any]], float]) -> float:
-    """The true value of what looked best through the noise of five seeds."""
+def searched(sampler: str, n_trials: int, seed: int, function: Callable[[dict[str, Any]], float]) -> Any:
+    """True values, best score first, of a search that sees them through the noise of five seeds; the noise's source."""
     noise = np.random.default_rng(seed)
-    true_values: dict[int, float] = {}
     study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, seed))
-    for _ in range(N_TRIALS):
+    found: list[tuple[float, float]] = []
+    for _ in range(n_trials):
         trial = study.ask()
-        true_values[trial.number] = function(suggest(trial, SPACES["ppoplus"]))
-        study.tell(trial, iqm(list(true_values[trial.number] + NOISE * noise.standard_normal(SEEDS))))
-    return true_values[study.best_trial.number]
+        value = function(suggest(trial, SPACES["ppoplus"]))
+        found.append((iqm(list(value + NOISE * noise.standard_normal(SEEDS))), value))
+        study.tell(trial, found[-1][0])
+    return [value for _, value in sorted(found, reverse=True)], noise
+
+
+def final_choice(seed: int, function: Callable[[dict[str, Any]], float]) -> float:
+    """Ours: the best three once more on test seeds."""
+    values, noise = searched("tpe", N_TRIALS, seed, function)
+    again = [(iqm(list(value + NOISE * noise.standard_normal(TEST_SEEDS))), value) for value in values[:TOP]]
+    return max(again)[1]
 
 
 @pytest.mark.parametrize("function", [valley, ridge, switches])
-def test_the_sampler_beats_random_search(function: Callable[[dict[str, Any]], float]) -> None:
+def test_the_final_choice_beats_random_search_at_equal_budget(function: Callable[[dict[str, Any]], float]) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    pairs = [[best_found(sampler, seed, function) for sampler in ("tpe", "random")] for seed in range(REPETITIONS)]
-    wins = sum(tpe > rand for tpe, rand in pairs)
-    ties = sum(tpe == rand for tpe, rand in pairs)
+    pairs = [
+        (final_choice(seed, function), searched("random", N_RANDOM_TRIALS, seed, function)[0][0])
+        for seed in range(REPETITIONS)
+    ]
+    wins, ties = sum(ours > theirs for ours, theirs in pairs), sum(ours == theirs for ours, theirs in pairs)
     print(f"{function.__name__}: {wins} of {REPETITIONS} repetitions won, {ties} equal")
     assert stats.binomtest(wins, REPETITIONS - ties, alternative="greater").pvalue < 0.05
 
 
-def test_twenty_trials_on_cartpole_end_above_the_defaults_on_seeds_never_seen(tmp_path: Path) -> None:
-    settings = resolve_settings(env="CartPole-v1", n_timesteps=10_000)
-    plan = TuningPlan(settings, SPACES["ppoplus"], n_trials=20, seeds=(0, 1, 2), enqueue=False, top=2)
+def test_twenty_trials_find_what_solves_cartpole_on_seeds_never_seen(tmp_path: Path) -> None:
+    settings = resolve_settings(env="CartPole-v1", n_timesteps=20_000)
+    plan = TuningPlan(settings, SPACES["ppoplus"], n_trials=20, enqueue=False)
     result = tune(plan, f"sqlite:///{tmp_path / 'study.db'}", "cartpole")
     winner = result.ranking[0]
-    [default] = [candidate for candidate in result.ranking if candidate.origin == "default"]
-    print(f"winner: trial {winner.number}, {winner.test_score} {winner.interval}; defaults: {default.test_score}")
-    assert winner.number is not None and winner.interval[0] > default.test_score
+    print(f"winner: trial {winner.number}, {winner.test_score} {winner.interval}")
+    assert winner.test_score is not None and winner.test_score >= SOLVED
