@@ -94,7 +94,11 @@ def train(
         int | None, typer.Option("--num-threads", min=1, help="Torch's CPU threads; by default 1 without images.")
     ] = None,
     progress: Progress = True,
-    eval_episodes: Annotated[int, typer.Option("--eval-episodes", min=0, help="Evaluation at the end.")] = 10,
+    eval_episodes: Annotated[int, typer.Option("--eval-episodes", min=0, help="Of an evaluation; 0: none.")] = 10,
+    eval_freq: Annotated[
+        int | None, typer.Option("--eval-freq", min=1, help="Evaluate every so many steps, keep the best model.")
+    ] = None,
+    eval_video: Annotated[bool, typer.Option("--eval-video", help="A video of each of these evaluations.")] = False,
     verbose: Annotated[int, typer.Option("--verbose", min=0, max=2, help="From 1 on: SB3's tables as well.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -122,6 +126,8 @@ def train(
             verbose=verbose,
             progress=progress,
             eval_episodes=eval_episodes,
+            eval_freq=eval_freq,
+            eval_video=eval_video,
             console=console,
         )
         _report(run, console)
@@ -145,8 +151,9 @@ def evaluate(
     """Play whole episodes and print the statistics of their returns."""
     with _errors_as_one_line(debug):
         from sb3_pgplus.configs import known_backend
-        from sb3_pgplus.playing import EVALUATION_SEED, load_run
+        from sb3_pgplus.evaluation import EVALUATION_SEED
         from sb3_pgplus.playing import evaluate as play
+        from sb3_pgplus.playing import load_run
 
         loaded = load_run(run, env=env, algo=algo, device=device)
         evaluation = play(
@@ -179,10 +186,11 @@ def enjoy(
     """Watch an agent in a window, or record it to a video (also on a machine without a screen)."""
     with _errors_as_one_line(debug):
         from sb3_pgplus import playing
+        from sb3_pgplus.evaluation import EVALUATION_SEED
 
         console = Console()
         loaded = playing.load_run(run, env=env, algo=algo, device=device)
-        start = playing.EVALUATION_SEED if seed is None else seed
+        start = EVALUATION_SEED if seed is None else seed
         if not (record or video) and not playing.has_display():
             console.print("There is no screen to show it on: recording a video instead.")
             record = True

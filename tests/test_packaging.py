@@ -30,14 +30,14 @@ FACADE = "__init__"
 #: From the bottom to the top (docs/design.md). A module may import its own layer and the ones below, never one above.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
-    frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
+    frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets", "statistics"})
     | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "sampling"})
     | frozenset({"tracing", "vec_env"}),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"}),  # parts of on_policy
     frozenset({"on_policy"}),
     frozenset({"a2c", "ppo", "trpo"}),
     frozenset({FACADE}),
-    frozenset({"configs", "environments", "playing", "training", "run_folder", "callbacks", "reporting"})
+    frozenset({"configs", "environments", "evaluation", "playing", "training", "run_folder", "callbacks", "reporting"})
     | frozenset({"profiling", "tuning", "zoo", "cli"}),
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
@@ -54,6 +54,7 @@ DEFAULT_PACKAGES = {
     "tqdm": "tqdm",
     "yaml": "pyyaml",
     "tensorboard": "tensorboard",
+    "scipy": "scipy",
 }
 #: Which part of the package an optional package belongs to: only there may it be imported at module level.
 OPTIONAL_PACKAGE_OWNERS = {
@@ -71,7 +72,6 @@ OPTIONAL_PACKAGE_OWNERS = {
     "plotly": ("tuning",),
     "rl_zoo3": ("zoo",),
     "sb3_contrib": (),
-    "scipy": ("tuning",),
     "wandb": ("callbacks",),
 }
 #: These cost seconds or need an extra, so they have to wait until they are used.

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import bootstrap, trim_mean
 
-from sb3_pgplus.tuning.objective import Objective, SurplusTrialError, iqm, stored_runs
+from sb3_pgplus.statistics import interval_of, iqm
+from sb3_pgplus.tuning.objective import Objective, SurplusTrialError, stored_runs
 from sb3_pgplus.tuning.plan import TuningPlan
 from sb3_pgplus.tuning.spaces import default_settings
 from sb3_pgplus.tuning.trainings import TrainingFailedError
-
-RESAMPLES = 5000
 
 
 @dataclass(frozen=True)
@@ -39,25 +36,6 @@ class Candidate:
     def test_score(self) -> float | None:
         """IQM over the test seeds."""
         return iqm(self.test_scores) if self.test_scores else None
-
-
-def interval_of(scores: Sequence[float]) -> tuple[float, float]:
-    """
-    95 % interval of the IQM by the percentile bootstrap over seeds.
-
-    :param scores: one for each seed
-    """
-    values = np.asarray(scores)
-    if len(values) < 2 or np.ptp(values) == 0:
-        return float(values.min()), float(values.max())
-    result = bootstrap(
-        (values,),
-        lambda x, axis: trim_mean(x, 0.25, axis=axis),
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def is_feasible(trial: FrozenTrial) -> bool:

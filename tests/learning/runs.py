@@ -101,6 +101,8 @@ _NOT_TRAINING = {
     "hparams.py",
     "cli.py",
     "playing.py",
+    "evaluation.py",
+    "statistics.py",
     "run_folder.py",
     "learning_curve.py",
     "progress_bar.py",
