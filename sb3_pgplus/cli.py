@@ -1,5 +1,5 @@
 """
-The command ``sb3-pgplus train|evaluate|enjoy|profile|tune``; ``python -m sb3_pgplus.cli`` is the same.
+The command ``sb3-pgplus train|evaluate|enjoy|profile|plot|report|tune``; ``python -m sb3_pgplus.cli`` is the same.
 
 Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answers at once.
 """
@@ -253,6 +253,44 @@ def profile(
             )
         console.print(measured.table())
         console.print(measured.summary(), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.", show_default=False)],
+    *,
+    x: Annotated[str, typer.Option("--x", help="steps or time.")] = "steps",
+    evaluations: Annotated[
+        bool, typer.Option("--evaluations", help="Evaluations (--eval-freq) instead of training episodes.")
+    ] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="A grid of all metrics instead of the curve.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The picture, .png, .svg or .pdf; by default curves.png or metrics.png."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw learning curves of several runs: interquartile mean over seeds and its interval."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.reporting.command import draw
+
+        for line in draw(runs, out, x=x, evaluations=evaluations, metrics=metrics):
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    *,
+    out: Annotated[Path | None, typer.Option("--out", help="The page; by default report.html in the folder.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page about a run: curve, evaluation, diagnostics in plain words, settings, time, video."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.reporting.command import write_report
+
+        for line in write_report(run, out):
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

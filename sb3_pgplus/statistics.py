@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 RESAMPLES = 5000
+CURVE_RESAMPLES = 1000
+"""At each point of a curve, of which there are hundreds."""
 COLUMNS_AT_ONCE = 50
 """Points of a curve whose resamples are in memory together."""
 
@@ -46,7 +48,7 @@ def curve_of(values: npt.ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]
     if len(array) == 1:
         return array[0], array[0], array[0]
     starts = range(0, array.shape[1], COLUMNS_AT_ONCE)
-    parts = [_bootstrap(array[:, start : start + COLUMNS_AT_ONCE]) for start in starts]
+    parts = [_bootstrap(array[:, start : start + COLUMNS_AT_ONCE], CURVE_RESAMPLES) for start in starts]
     low, high = (np.concatenate([part[end] for part in parts]) for end in (0, 1))
     return np.asarray(_iqm(array, 0)), low, high
 
@@ -57,10 +59,10 @@ def _iqm(values: FloatArray, axis: int) -> Any:
     return trim_mean(values, 0.25, axis=axis)
 
 
-def _bootstrap(values: FloatArray) -> tuple[Any, Any]:
+def _bootstrap(values: FloatArray, n_resamples: int = RESAMPLES) -> tuple[Any, Any]:
     from scipy.stats import bootstrap
 
     found = bootstrap(
-        (values,), _iqm, axis=0, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+        (values,), _iqm, axis=0, n_resamples=n_resamples, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
     return found.low, found.high

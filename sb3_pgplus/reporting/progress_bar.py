@@ -53,8 +53,9 @@ class EpisodeRecorder(BaseCallback):
         self.episodes.steps.append(self.num_timesteps)
         self.episodes.returns.append(episode_return)
         self.episodes.lengths.append(length)
+        seconds = time.perf_counter() - self._start
+        self.episodes.seconds.append(seconds)
         if self._file is not None:
-            seconds = time.perf_counter() - self._start
             self._file.write(f"{self.num_timesteps},{episode_return!r},{length},{seconds:.3f}\n")
 
     def close(self) -> None:
