@@ -255,7 +255,7 @@ def _learn(
 ) -> tuple[Episodes, bool]:
     """Train; an interruption ends it in good order, anything else is written down and leaves no model."""
     recorder = EpisodeRecorder(folder.episodes)
-    bar = TrainingProgress(console, settings.n_timesteps) if console else None
+    bar = TrainingProgress(console, settings.n_timesteps, evaluator) if console else None
     logger = _logger(model, folder)
     model.set_logger(logger)
     interrupted = False

@@ -81,7 +81,7 @@ def learning_curve(run: Run) -> str:
             )
         decorate(axes)
 
-    return svg(draw, "learning curve", (7.0, 3.6))
+    return svg(draw, "learning curve", (5.8, 3.3))
 
 
 def metric(series: Series, name: str) -> str:

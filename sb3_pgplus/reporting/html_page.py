@@ -18,13 +18,13 @@ h1 { font-size: 1.6em; margin: .6em 0 .2em } h2 { font-size: 1.25em; margin: 1.8
 h3 { font-size: 1em; margin: 0 0 .3em } p { margin: .4em 0 } .soft { color: var(--soft) } small { color: var(--soft) }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .3em .8em; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-td:first-child, th:first-child { text-align: left; padding-left: 0 } th { font-weight: 600 }
+td:first-child, th:first-child { text-align: left; padding-left: 0 } th { font-weight: 600; white-space: nowrap }
 pre { background: var(--card); padding: 1em; overflow: auto; border-radius: .5em; font-size: .85em }
 code { font-size: .92em; overflow-wrap: anywhere } summary { cursor: pointer; margin: .8em 0 }
 svg { width: 100%; height: auto; display: block } svg text { font-family: system-ui, sans-serif !important }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20em), 1fr)); gap: 1em }
 .card { background: var(--card); border-radius: .5em; padding: .9em 1em; border-left: .3em solid var(--line) }
-.curve { max-width: 52em } video { max-width: 100%; border-radius: .5em }
+.curve { max-width: 46em } video { max-width: 100%; border-radius: .5em }
 .good { border-left-color: var(--good) } .note { border-left-color: var(--note) }
 .warning { border-left-color: var(--warning) } .problem { border-left-color: var(--problem) }
 .mark { font-weight: 700 } .good .mark { color: var(--good) } .note .mark { color: var(--note) }

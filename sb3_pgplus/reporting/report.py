@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sb3_pgplus.configs import ConfigError, algorithm_class
+from sb3_pgplus.configs import algorithm_class
 from sb3_pgplus.construction import PLUMBING
 from sb3_pgplus.reporting import figures
 from sb3_pgplus.reporting.diagnostics import (
@@ -19,8 +20,10 @@ from sb3_pgplus.reporting.diagnostics import (
     PROBLEM,
     SEVERITY,
     WARNING,
+    Check,
     Verdict,
     judge_curve,
+    judge_evaluations,
     verdicts,
 )
 from sb3_pgplus.reporting.html_page import document, table
@@ -48,12 +51,12 @@ def page(run: Run) -> tuple[str, list[str]]:
     """
     problems: list[str] = []
     judged = {check.title: (check, verdict) for check, verdict in verdicts(run)}
-    curve_verdict = _curve_verdict(run)
+    curve_verdict = judge_curve(run.episodes.returns, run.episodes.steps)
+    evaluation_verdict = judge_evaluations(run.evaluations) if run.evaluations is not None else None
     found = [("Learning curve", curve_verdict), *((title, verdict) for title, (_, verdict) in judged.items())]
-    cards = [
-        _card(title, figures.metric(run.progress[check.metric], title), verdict, check.source)
-        for title, (check, verdict) in judged.items()
-    ]
+    if evaluation_verdict is not None:
+        found.insert(1, ("Evaluation", evaluation_verdict))
+    cards = [_card(title, _metric(run, check), verdict, check.source) for title, (check, verdict) in judged.items()]
     title = f"{run.algorithm} on {run.settings['env']}"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
@@ -64,6 +67,7 @@ def page(run: Run) -> tuple[str, list[str]]:
         _curve(run, curve_verdict),
         "<h2>Evaluation</h2>",
         _evaluation(run),
+        f"<p>{html.escape(evaluation_verdict.text)}</p>" if evaluation_verdict is not None else "",
         "<h2>Diagnostics</h2>",
         f'<div class="cards">{"".join(cards)}</div>' if cards else "<p>No update has been logged.</p>",
         "<h2>Time</h2>",
@@ -117,15 +121,16 @@ def _card(title: str, figure: str, verdict: Verdict, source: str = "") -> str:
     )
 
 
+def _metric(run: Run, check: Check) -> str:
+    series = run.progress[check.metric]
+    if check.metric == "train/entropy_loss":
+        series = replace(series, values=-series.values)
+    if np.ptp(series.values) == 0:
+        return f"<p>{series.values[0]:g} all the time</p>"
+    return figures.metric(series, check.title)
+
+
 # --- curve and evaluation ---------------------------------------------------------------------------------------------
-
-
-def _curve_verdict(run: Run) -> Verdict:
-    try:
-        curve = run.curve()
-    except ConfigError:
-        return Verdict(NOTE, "No training episode has ended.")
-    return judge_curve(curve.values, curve.steps)
 
 
 def _curve(run: Run, verdict: Verdict) -> str:
