@@ -48,7 +48,7 @@ def _embedded(text: str, name: str) -> str:
     """What a page needs of matplotlib's file."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[a-zA-Z.]+_\d+"', "", text)  # the same in every figure; nothing refers to them
+    text = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", text)  # the same in every figure; nothing refers to them
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{name}"', text, count=1)
     for colour, variable in THEME.items():

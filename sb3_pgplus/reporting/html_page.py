@@ -29,6 +29,7 @@ svg { width: 100%; height: auto; display: block } svg text { font-family: system
 .warning { border-left-color: var(--warning) } .problem { border-left-color: var(--problem) }
 .mark { font-weight: 700 } .good .mark { color: var(--good) } .note .mark { color: var(--note) }
 .warning .mark { color: var(--warning) } .problem .mark { color: var(--problem) }
+p.warning .mark { color: var(--warning) }
 .bar { display: flex; height: 1.4em; border-radius: .4em; overflow: hidden; margin: .6em 0 }
 .plotly-graph-div { background: white }
 """

@@ -32,7 +32,7 @@ class Series:
     steps: FloatArray
     values: FloatArray
     seconds: FloatArray
-    """NaN where the row does not say."""
+    """Since training began; NaN where nobody says."""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -168,13 +168,18 @@ def read_metrics(path: Path) -> dict[str, Series]:
     :param path: the file
     :return: column → its values; cells that are empty or no numbers are left out
     """
-    points: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    points: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(line for line in file if line.endswith("\n")):
             numbers = {name: number for name, text in row.items() if name and (number := _number(text)) is not None}
             for name in numbers.keys() - {STEPS} if STEPS in numbers else ():
-                points[name].append((numbers[STEPS], numbers[name], numbers.get(SECONDS, np.nan)))
-    return {name: Series(*np.array(values, dtype=np.float64).T) for name, values in sorted(points.items())}
+                points[name].append((numbers[STEPS], numbers[name]))
+    columns = {name: np.array(pairs, dtype=np.float64).T for name, pairs in sorted(points.items())}
+    clock = columns.get(SECONDS)  # which rows of evaluations leave out
+    return {
+        name: Series(steps, values, np.full(len(steps), np.nan) if clock is None else np.interp(steps, *clock))
+        for name, (steps, values) in columns.items()
+    }
 
 
 def _number(text: Any) -> float | None:
