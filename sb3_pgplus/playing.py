@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +22,7 @@ from sb3_pgplus.environments import Wrapper, installation_advice, make_environme
 from sb3_pgplus.evaluation import EVALUATION_SEED, play_episodes
 from sb3_pgplus.run_folder import RunFolder
 from sb3_pgplus.statistics import interval_of, iqm
+from sb3_pgplus.videos import video_writer
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
@@ -314,7 +313,7 @@ def record_episodes(
     :raises ConfigError: if the environment cannot be rendered or a package is missing
     """
     prepare_offscreen_rendering()
-    with _video_writer(video) as writer:
+    with video_writer(video) as writer:
         return evaluate(
             model,
             spec,
@@ -339,7 +338,7 @@ def record_vec_env(
     :param deterministic: the policy's mode, or samples from it
     :raises ConfigError: if they render no frames or a package is missing
     """
-    with _video_writer(video) as writer:
+    with video_writer(video) as writer:
         write = writer.at_speed(env.metadata)
         play_episodes(
             model,
@@ -350,50 +349,3 @@ def record_vec_env(
             after_step=lambda: write(env.get_images()[0]),
             warn=False,
         )
-
-
-class _VideoWriter:
-    """Streams frames to ffmpeg; a long episode never has to fit into memory."""
-
-    def __init__(self, path: Path, ffmpeg: Any) -> None:
-        self._path = path
-        self._ffmpeg = ffmpeg
-        self._stream: Any = None
-        self._fps = 30.0
-
-    def at_speed(self, metadata: Mapping[str, Any]) -> Callable[[Any], None]:
-        self._fps = float(metadata.get("render_fps") or self._fps)
-        return self.write
-
-    def write(self, frame: Any) -> None:
-        if not isinstance(frame, np.ndarray) or frame.ndim != 3:
-            raise ConfigError("no video can be made: the environment renders no RGB frames (render mode rgb_array)")
-        if self._stream is None:
-            height, width = frame.shape[:2]
-            # H.264 wants even sizes; ffmpeg rescales an odd one by a pixel.
-            size = (width, height)
-            self._stream = self._ffmpeg.write_frames(str(self._path), size, fps=self._fps, macro_block_size=2)
-            self._stream.send(None)
-        self._stream.send(np.ascontiguousarray(frame[..., :3], dtype=np.uint8))
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-
-@contextmanager
-def _video_writer(video: Path) -> Iterator[_VideoWriter]:
-    try:
-        ffmpeg = importlib.import_module("imageio_ffmpeg")
-    except ImportError as error:
-        raise ConfigError('videos need imageio-ffmpeg: run: pip install "sb3_pgplus[report]"') from error
-    video.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = video.with_name(f".{video.stem}-{os.getpid()}.mp4")
-    writer = _VideoWriter(unfinished, ffmpeg)
-    try:
-        yield writer
-        writer.close()
-        os.replace(unfinished, video)
-    finally:
-        writer.close()
-        unfinished.unlink(missing_ok=True)

@@ -15,7 +15,8 @@ from test_cli import Breaking, run, succeed
 
 from sb3_pgplus import PPOPlus, make_vec_env
 from sb3_pgplus.reporting import diagnostics
-from sb3_pgplus.reporting.diagnostics import CHECKS, GOOD, NOTE, PROBLEM, WARNING, Check, judge_curve, judge_evaluations
+from sb3_pgplus.reporting.curve_verdicts import judge_curve, judge_evaluations
+from sb3_pgplus.reporting.diagnostics import CHECKS, GOOD, NOTE, PROBLEM, WARNING, Check
 from sb3_pgplus.reporting.live_table import LiveTable, Trend
 from sb3_pgplus.reporting.progress_bar import TrainingProgress
 from sb3_pgplus.reporting.report import changed_hyperparameters, phases
@@ -149,6 +150,31 @@ def test_every_row_of_the_table_covers_all_numbers_and_names_its_source(check: C
 def test_a_band_ends_with_its_own_limit() -> None:
     check = next(check for check in CHECKS if check.metric == "train/clip_fraction")
     assert check.judge(0.3).level == GOOD and check.judge(np.nextafter(0.3, 1)).level == WARNING
+
+
+BEGIN, END = "<!-- verdicts: begin -->\n", "<!-- verdicts: end -->"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "reports.md"
+
+
+def table_of_verdicts() -> str:
+    lines = ["| Metric | Judged by | Up to | Verdict | Source |", "|---|---|---|---|---|"]
+    for check in CHECKS:
+        first = [f"`{check.metric}`", check.statistic.words]
+        for band in check.bands:
+            limit = "more" if band.up_to == np.inf else f"{band.up_to:g}"
+            text = re.sub(r"\{value[^}]*\}", "x", band.text)
+            lines.append(
+                "| "
+                + " | ".join([*first, limit, f"{band.level}: {text}", "" if first[0] == "" else check.source])
+                + " |"
+            )
+            first = ["", ""]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_documentation_has_the_table_of_verdicts() -> None:
+    shown = DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert shown == table_of_verdicts(), "write it anew: python tests/test_report.py"
 
 
 # --- the verdict on the curve -----------------------------------------------------------------------------------------
@@ -397,3 +423,8 @@ def test_training_shows_a_live_table_in_a_terminal_and_lines_elsewhere(width: in
     if not is_terminal:
         lines = [line for line in shown.splitlines() if "/640 steps" in line]
         assert lines[-1].split()[0] == "640/640" and "steps/s  return" in lines[-1]
+
+
+if __name__ == "__main__":
+    before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
+    DOCS.write_text(before + BEGIN + table_of_verdicts() + END + rest.partition(END)[2], encoding="utf-8")

@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sb3_pgplus.reporting.learning_curve import smooth, window_of
-from sb3_pgplus.reporting.runs import Evaluations, Run
+from sb3_pgplus.reporting.runs import Run
 from sb3_pgplus.schedules import as_schedule
-from sb3_pgplus.statistics import interval_of
 
 GOOD, NOTE, WARNING, PROBLEM = "good", "note", "warning", "problem"
 SEVERITY = (PROBLEM, WARNING, NOTE, GOOD)
@@ -29,8 +27,8 @@ DETAILS = "Huang et al., The 37 Implementation Details of PPO, 2022"
 SPINNING_UP = "Spinning Up, PPO: target_kl 0.01, stop at 1.5 times that"
 WHAT_MATTERS = "Andrychowicz et al., What Matters in On-Policy RL, 2021"
 SB3_DOCS = "Stable-Baselines3's documentation, Logger"
-TRPO_PAPER = "Schulman et al., Trust Region Policy Optimization, 2015"
 OURS = "rule of thumb"
+TRPO_PAPER = f"Schulman et al., Trust Region Policy Optimization, 2015; the numbers: {OURS}"
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,21 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Statistic:
+    """The number that a metric is judged by."""
+
+    words: str
+    of: Callable[[Run, str], float | None]
+    """Run, metric ↦ the number; nothing where there is nothing to compare with."""
+
+
+@dataclass(frozen=True)
 class Check:
     """One row of the table."""
 
     metric: str
     title: str
-    statistic: Callable[[Run, str], float | None]
+    statistic: Statistic
     bands: tuple[Band, ...]
     source: str
 
@@ -77,93 +84,67 @@ class Check:
         n_rows = len(run.progress[self.metric])
         if n_rows < ENOUGH_ROWS:
             return Verdict(NOTE, f"Too short to judge: {n_rows} update{'s' * (n_rows != 1)} logged.")
-        value = self.statistic(run, self.metric)
+        value = self.statistic.of(run, self.metric)
         return Verdict(NOTE, "Nothing to compare it with.") if value is None else self.judge(value)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
-def typical(run: Run, metric: str) -> float:
-    """
-    :param run: that has the metric
-    :param metric: column of ``progress.csv``
-    :return: median over the training
-    """
+def _typical(run: Run, metric: str) -> float:
     return float(np.median(run.progress[metric].values))
 
 
-def late(run: Run, metric: str) -> float:
-    """
-    :param run: that has the metric
-    :param metric: column of ``progress.csv``
-    :return: median over its last quarter
-    """
+def _late(run: Run, metric: str) -> float:
     values = run.progress[metric].values
     return float(np.median(values[-max(1, len(values) // 4) :]))
 
 
-def average(run: Run, metric: str) -> float:
-    """
-    :param run: that has the metric
-    :param metric: column of ``progress.csv``
-    :return: mean over the training
-    """
+def _average(run: Run, metric: str) -> float:
     return float(np.mean(run.progress[metric].values))
 
 
-def largest(run: Run, metric: str) -> float:
-    """
-    :param run: that has the metric
-    :param metric: column of ``progress.csv``
-    :return: maximum over the training
-    """
+def _largest(run: Run, metric: str) -> float:
     return float(np.max(run.progress[metric].values))
 
 
-def end_to_start(run: Run, metric: str) -> float | None:
-    """
-    :param run: that has the metric
-    :param metric: column of ``progress.csv``
-    :return: median of the last tenth over the median of the first tenth; nothing where that is 0
-    """
+def _end_to_start(run: Run, metric: str) -> float | None:
     values = run.progress[metric].values
     n = max(1, len(values) // 10)
     start, end = float(np.median(values[:n])), float(np.median(values[-n:]))
     return end / start if start else None
 
 
-def relative_to(name: str) -> Callable[[Run, str], float | None]:
-    """
-    :param name: of a hyperparameter; a schedule counts with its first value
-    :return: the statistic: median over the training, in units of the hyperparameter
-    """
-
-    def statistic(run: Run, metric: str) -> float | None:
-        limit = start_value(run.settings, name)
-        return None if not limit else typical(run, metric) / limit
-
-    return statistic
-
-
-def of_other(other: str, statistic: Callable[[Run, str], float | None]) -> Callable[[Run, str], float | None]:
-    """
-    :param other: column whose statistic judges this metric
-    :param statistic: which
-    """
-    return lambda run, _: statistic(run, other) if other in run.progress else None
-
-
-def as_expected(run: Run, metric: str) -> float | None:
-    """
-    :param run: that has the metric and ``…_expected``
-    :param metric: column of ``progress.csv``
-    :return: median ratio of what an update achieved to what its linear model promised; failed ones left out
-    """
+def _as_expected(run: Run, metric: str) -> float | None:
+    """What an update achieved of what its linear model promised; failed ones, which promise nothing, are left out."""
+    if f"{metric}_expected" not in run.progress:
+        return None
     got, promised = run.progress[metric].values, run.progress[f"{metric}_expected"].values
     n = min(len(got), len(promised))
     ratios = got[-n:][promised[-n:] > 0] / promised[-n:][promised[-n:] > 0]
     return float(np.median(ratios)) if len(ratios) else None
+
+
+TYPICAL = Statistic("median", _typical)
+LATE = Statistic("median of the last quarter", _late)
+AVERAGE = Statistic("mean", _average)
+LARGEST = Statistic("maximum", _largest)
+END_TO_START = Statistic("last tenth / first tenth", _end_to_start)
+AS_EXPECTED = Statistic("median of improvement / expected improvement", _as_expected)
+
+
+def relative_to(name: str, metric: str | None = None) -> Statistic:
+    """
+    :param name: of a hyperparameter; a schedule counts with its first value
+    :param metric: another column to look at than the one that is judged
+    :return: the statistic: median over the training, in units of the hyperparameter
+    """
+
+    def of(run: Run, judged: str) -> float | None:
+        limit = start_value(run.settings, name)
+        return None if not limit or (metric or judged) not in run.progress else _typical(run, metric or judged) / limit
+
+    return Statistic(f"median{f' of {metric}' if metric else ''} / {name}", of)
 
 
 def start_value(settings: Mapping[str, Any], name: str) -> float | None:
@@ -185,7 +166,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/approx_kl",
         "Approximate KL of an update",
-        typical,
+        TYPICAL,
         (
             Band(0.0005, NOTE, "KL {value:.2g}: the policy hardly moves; raise the learning rate or n_epochs."),
             Band(0.02, GOOD, "KL {value:.2g}: steps of a healthy size."),
@@ -197,7 +178,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/approx_kl_max",
         "Largest KL of a minibatch",
-        largest,
+        LARGEST,
         (
             Band(0.1, GOOD, "No spikes: at most {value:.2g}."),
             Band(0.5, WARNING, "Spikes up to {value:.2g}: if the return falls there, set target_kl=0.02."),
@@ -208,7 +189,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/clip_fraction",
         "Clip fraction",
-        typical,
+        TYPICAL,
         (
             Band(0.01, NOTE, "Clip fraction {value:.2g}: the clip has nothing to do; larger steps are possible."),
             Band(0.3, GOOD, "Clip fraction {value:.2g}: most samples count."),
@@ -231,7 +212,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/is_line_search_success",
         "Line search",
-        average,
+        AVERAGE,
         (
             Band(0.5, PROBLEM, "Only {value:.0%} of the steps are accepted: raise cg_damping, n_steps or n_envs."),
             Band(0.9, WARNING, "{value:.0%} of the steps are accepted: more samples per update would help."),
@@ -242,7 +223,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/line_search_steps",
         "Candidates of the line search",
-        average,
+        AVERAGE,
         (
             Band(3, GOOD, "{value:.1f} candidates on average: the full step nearly always fits."),
             Band(6, NOTE, "{value:.1f} candidates on average: full steps are somewhat too long."),
@@ -253,7 +234,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/cg_residual",
         "Residual of conjugate gradient",
-        of_other("train/cg_steps", relative_to("cg_max_steps")),
+        relative_to("cg_max_steps", "train/cg_steps"),
         (
             Band(0.999, GOOD, "Solved to cg_tol with {value:.0%} of the allowed steps."),
             Band(INF, WARNING, "Conjugate gradient ends at cg_max_steps, unsolved: raise cg_max_steps or cg_damping."),
@@ -263,7 +244,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/step_length",
         "Length of the step",
-        end_to_start,
+        END_TO_START,
         (
             Band(0.05, WARNING, "Steps have shrunk to {value:.1%} of the first ones: the policy is nearly fixed."),
             Band(INF, GOOD, "Steps are {value:.2g} times as long as the first ones."),
@@ -273,7 +254,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/surrogate_improvement",
         "Improvement of the surrogate",
-        as_expected,
+        AS_EXPECTED,
         (
             Band(0.25, WARNING, "{value:.0%} of what the gradient promised: a smaller target_kl would fit better."),
             Band(INF, GOOD, "{value:.0%} of what the gradient promised."),
@@ -283,7 +264,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/explained_variance",
         "Explained variance of the critic",
-        late,
+        LATE,
         (
             Band(0.0, PROBLEM, "{value:.2f}: the critic is worse than a constant; train it longer, normalise rewards."),
             Band(0.3, WARNING, "{value:.2f}: the critic knows little (harmless if all returns are alike)."),
@@ -294,7 +275,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/entropy_loss",
         "Entropy of the policy",
-        end_to_start,
+        END_TO_START,
         (
             Band(0.05, WARNING, "Down to {value:.1%}: nearly deterministic; if the return is poor, raise ent_coef."),
             Band(0.97, GOOD, "Down to {value:.0%} of its start: the policy makes up its mind."),
@@ -305,7 +286,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/std",
         "Standard deviation of the actions",
-        end_to_start,
+        END_TO_START,
         (
             Band(0.1, WARNING, "Down to {value:.1%} of its start: hardly any exploration is left."),
             Band(1.1, GOOD, "At {value:.0%} of its start."),
@@ -330,7 +311,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/learning_rate",
         "Learning rate",
-        end_to_start,
+        END_TO_START,
         (
             Band(0.98, GOOD, "Annealed to {value:.0%} of its start."),
             Band(1.02, NOTE, "Constant; annealing it to 0 often gains a little at the end."),
@@ -341,7 +322,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "train/nonfinite_updates",
         "Updates with NaN or infinity",
-        largest,
+        LARGEST,
         (
             Band(0, GOOD, "None."),
             Band(INF, PROBLEM, "{value:.0f} updates were skipped: look at the rewards' scale and the learning rate."),
@@ -377,55 +358,4 @@ def judge_number(metric: str, value: float) -> Verdict | None:
     :return: nothing where a single value says nothing
     """
     check = next((check for check in CHECKS if check.metric == metric), None)
-    return check.judge(value) if check is not None and check.statistic in (typical, late) else None
-
-
-# --- the curve itself -------------------------------------------------------------------------------------------------
-
-
-def judge_curve(returns: Any, steps: Any) -> Verdict:
-    """
-    Tell whether a training has learned, fell back, or could go on; differences within the noise are none.
-
-    :param returns: of all training episodes, ``[n]``
-    :param steps: environment steps when they ended, ``[n]``
-    """
-    returns = np.asarray(returns, dtype=np.float64)
-    n, window = len(returns), window_of(len(returns))
-    if n < 4 * window:
-        return Verdict(NOTE, f"Too short to judge: {n} episode{'s' * (n != 1)}.")
-    means = smooth(returns, window)[0]
-    noise = float(np.std(returns[window:] - means[window:])) / math.sqrt(window)  # of a running mean
-    means = means[window:]
-    # A tenth of the run, but no less than what is averaged.
-    tenth = max(window, n // 10)
-    start, before, end = (
-        float(part.mean()) for part in (returns[:tenth], returns[-2 * tenth : -tenth], returns[-tenth:])
-    )
-    best, spread = float(means.max()), float(np.ptp(means))
-    where = f"{int(steps[window + int(means.argmax())]):,}"
-    if spread == 0:
-        return Verdict(NOTE, f"The return is {end:,.1f} all the time.")
-    if end - start <= max(0.1 * spread, 2 * noise):
-        return Verdict(PROBLEM, f"Not clearly better at the end ({end:,.1f}) than at the start ({start:,.1f}).")
-    if best - end > max(0.3 * spread, 3 * noise):
-        text = f"Fell back from {best:,.1f} (at step {where}) to {end:,.1f}: lower the learning rate or anneal it; "
-        return Verdict(WARNING, text + "train with --eval-freq keeps the best model.")
-    if end - before > max(0.1 * spread, 2 * noise):
-        return Verdict(NOTE, f"From {start:,.1f} to {end:,.1f} and still rising: more steps would help.")
-    return Verdict(GOOD, f"From {start:,.1f} to {end:,.1f}, and level at the end.")
-
-
-def judge_evaluations(evaluations: Evaluations) -> Verdict:
-    """
-    Tell whether the last policy is the best one.
-
-    :param evaluations: of a run
-    """
-    means = evaluations.returns.mean(axis=1)
-    best = int(np.argmax(means))
-    lowest_of_best, highest_of_last = interval_of(evaluations.returns[best])[0], interval_of(evaluations.returns[-1])[1]
-    if lowest_of_best > highest_of_last:
-        text = f"The last one ({means[-1]:,.1f}) is worse than the one at step {int(evaluations.steps[best]):,} "
-        return Verdict(WARNING, text + f"({means[best]:,.1f}), whose model is best_model.zip.")
-    return Verdict(GOOD, f"None is clearly better than the last one ({means[-1]:,.1f}).")
+    return check.judge(value) if check is not None and check.statistic in (TYPICAL, LATE) else None

@@ -14,6 +14,7 @@ import numpy as np
 from sb3_pgplus.configs import algorithm_class
 from sb3_pgplus.construction import PLUMBING
 from sb3_pgplus.reporting import figures
+from sb3_pgplus.reporting.curve_verdicts import judge_curve, judge_evaluations
 from sb3_pgplus.reporting.diagnostics import (
     GOOD,
     NOTE,
@@ -22,8 +23,6 @@ from sb3_pgplus.reporting.diagnostics import (
     WARNING,
     Check,
     Verdict,
-    judge_curve,
-    judge_evaluations,
     verdicts,
 )
 from sb3_pgplus.reporting.html_page import document, table
@@ -56,7 +55,10 @@ def page(run: Run) -> tuple[str, list[str]]:
     found = [("Learning curve", curve_verdict), *((title, verdict) for title, (_, verdict) in judged.items())]
     if evaluation_verdict is not None:
         found.insert(1, ("Evaluation", evaluation_verdict))
-    cards = [_card(title, _metric(run, check), verdict, check.source) for title, (check, verdict) in judged.items()]
+    cards = [
+        _card(title, _metric(run, check), verdict, f"{check.statistic.words} · {check.source}")
+        for title, (check, verdict) in judged.items()
+    ]
     title = f"{run.algorithm} on {run.settings['env']}"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
