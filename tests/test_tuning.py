@@ -28,9 +28,8 @@ optuna = pytest.importorskip("optuna")
 pytest.importorskip("scipy")
 pytest.importorskip("plotly")
 
-from optuna.trial import TrialState  # noqa: E402
-
 from browser import complaints, foreign_requests, opened  # noqa: E402
+from optuna.trial import TrialState  # noqa: E402
 
 from sb3_pgplus import PPOPlus, make_vec_env  # noqa: E402
 from sb3_pgplus.cli import app  # noqa: E402
