@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from browser import complaints, foreign_requests, opened
 from rich.console import Console
 from test_cli import Breaking, run, succeed
 
@@ -300,6 +301,30 @@ def test_the_report_shows_evaluations_and_the_newest_video(trained: dict[str, Pa
     [video] = [url for url in page.loaded if url.startswith("data:video/mp4;base64,")]
     assert len(video) > (folder / "videos" / "step-800.mp4").stat().st_size
     assert "step-800.mp4" in page.text
+
+
+@pytest.mark.parametrize(("dark", "width"), [(False, 1200), (True, 500)])
+def test_the_report_in_a_browser_is_quiet_readable_and_stays_at_home(
+    trained: dict[str, Path], dark: bool, width: int
+) -> None:
+    folder = trained["ppoplus"]
+    report(folder)
+    with opened(folder / "report.html", dark=dark, width=width) as driver:
+        assert complaints(driver) == [] and foreign_requests(driver) == []
+        assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        colours = driver.execute_script(
+            "return [getComputedStyle(document.body).color,"
+            " ...[...document.querySelectorAll('svg text')].map(t => getComputedStyle(t).fill)]"
+        )
+        assert len(colours) > 20 and len(set(colours)) == 1  # the plots' text has the page's colour
+        brightness = np.mean([int(part) for part in re.findall(r"\d+", colours[0])])
+        assert brightness > 200 if dark else brightness < 60
+        played = driver.execute_async_script(
+            "const done = arguments[0], video = document.querySelector('video');"
+            "video.ontimeupdate = () => { if (video.currentTime > 0.1) done([video.currentTime, video.videoWidth]) };"
+            "video.onerror = () => done(video.error.message); video.play().catch(error => done(String(error)));"
+        )
+        assert played[0] > 0.1 and played[1] == 600  # CartPole's frames
 
 
 def test_the_report_of_a_run_without_evaluation_says_how_to_get_one(trained: dict[str, Path], tmp_path: Path) -> None:
