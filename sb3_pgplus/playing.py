@@ -92,7 +92,7 @@ def evaluate(
         spec, n_envs=n_envs, seed=seed, backend=backend, render_mode=render_mode, outer_wrapper=outer_wrapper
     )
     try:
-        _check_spaces(model, env, spec.env)
+        check_spaces(model, env, spec.env)
         with torch_threads(env.observation_space):
             played = play_episodes(model, env, n_episodes=n_episodes, seed=seed, deterministic=deterministic)
     finally:
@@ -100,7 +100,15 @@ def evaluate(
     return Evaluation(spec.env, seed, deterministic, played.returns, played.lengths)
 
 
-def _check_spaces(model: BaseAlgorithm, env: VecEnv, env_id: str) -> None:
+def check_spaces(model: BaseAlgorithm, env: VecEnv, env_id: str) -> None:
+    """
+    Refuse environments that a model was not made for.
+
+    :param model: the model
+    :param env: the environments, raw
+    :param env_id: their name, for the message
+    :raises ConfigError: if observations or actions are of another kind
+    """
     try:
         # The model's own spaces are those after SB3's wrapping (images channel first), so wrap before comparing.
         check_for_correct_spaces(model._wrap_env(env, 0), model.observation_space, model.action_space)

@@ -296,6 +296,13 @@ def test_an_unknown_environment_and_a_number_for_given_ones_are_refused() -> Non
         EvalCallback(countdowns(1), n_envs=2)
 
 
+def test_an_environment_of_another_kind_is_refused_before_training() -> None:
+    model = cartpole_model()
+    with pytest.raises(ValueError, match="was not trained for Pendulum-v1: Observation spaces do not match"):
+        model.learn(64, EvalCallback("Pendulum-v1"))
+    assert model.num_timesteps == 0
+
+
 # --- videos -----------------------------------------------------------------------------------------------------------
 
 

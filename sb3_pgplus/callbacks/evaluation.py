@@ -17,7 +17,7 @@ from sb3_pgplus.configs import EnvironmentSpec
 from sb3_pgplus.environments import make_environments, one_line
 from sb3_pgplus.evaluation import EVALUATION_SEED, PlayedEpisodes, play_episodes, random_state_kept
 from sb3_pgplus.files import write_atomically
-from sb3_pgplus.playing import EVALUATION_ENVS, record_episodes, record_vec_env
+from sb3_pgplus.playing import EVALUATION_ENVS, check_spaces, record_episodes, record_vec_env
 from sb3_pgplus.statistics import interval_of, iqm
 from sb3_pgplus.vec_env.make import check_integer
 
@@ -130,6 +130,7 @@ class EvalCallback(sb3_callbacks.EvalCallback):
                 "the training environment is in a VecNormalize and `eval_env` is not: wrap it in "
                 "VecNormalize(…, training=False, norm_reward=False), its statistics are kept in step"
             )
+        check_spaces(self.model, self.eval_env, "`eval_env`" if self._spec is None else self._spec.env)
         for folder in (self.best_model_save_path, self.log_path and str(Path(self.log_path).parent)):
             if folder is not None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
