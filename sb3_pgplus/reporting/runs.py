@@ -157,7 +157,7 @@ def read_run(path: Path) -> Run:
             else None,
             folder.error.read_text("utf-8", errors="replace") if folder.error.is_file() else None,
         )
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
