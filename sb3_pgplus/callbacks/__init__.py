@@ -1,5 +1,18 @@
 """Callbacks for ``learn(callback=…)``."""
 
-from sb3_pgplus.callbacks.evaluation import EvalCallback
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sb3_pgplus.callbacks.evaluation import EvalCallback
 
 __all__ = ["EvalCallback"]
+
+#: Imported when they are asked for: some need an optional package.
+_MODULES = {"EvalCallback": "evaluation"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
