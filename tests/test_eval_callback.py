@@ -267,6 +267,7 @@ def test_its_state_is_plain_and_continues_it(tmp_path: Path) -> None:
     with np.load(tmp_path / "evaluations.npz") as file:
         assert file["timesteps"].tolist() == [200, 400, 600, 800]
         assert (np.diff(file["seconds"]) > 0).all()
+        assert file["iqm_interval_95"].tolist() == [list(interval_of(row)) for row in file["results"]]
     assert callback.evaluations_timesteps == [200, 400, 600]  # the lists were copied
     with pytest.raises(ValueError, match="best_mean_reward"):
         other.load_state_dict({"n_calls": 1})

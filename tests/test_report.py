@@ -327,6 +327,13 @@ def test_the_report_in_a_browser_is_quiet_readable_and_stays_at_home(
         assert played[0] > 0.1 and played[1] == 600  # CartPole's frames
 
 
+def test_the_report_of_a_long_run_stays_small(trained: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained["a2cplus"], tmp_path / "run"))
+    rows = [f"{10 * i},{i % 97}.5,10,{i}.0" for i in range(1, 100_001)]
+    (folder / "episodes.csv").write_text("step,return,length,seconds\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    assert len(report(folder).source) < 1_000_000
+
+
 def test_the_report_of_a_run_without_evaluation_says_how_to_get_one(trained: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained["a2cplus"], tmp_path / "run"))
     (folder / "evaluation.yml").unlink()

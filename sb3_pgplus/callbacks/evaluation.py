@@ -120,6 +120,7 @@ class EvalCallback(sb3_callbacks.EvalCallback):
         self.last_video_path: str | None = None
         self.evaluations_seconds: list[float] = []
         """Since training began, of each evaluation."""
+        self._intervals: list[tuple[float, float]] = []
         self._counts_calls = eval_freq is not None
         self._next_evaluation = 0
         self._start = time.perf_counter()
@@ -195,6 +196,8 @@ class EvalCallback(sb3_callbacks.EvalCallback):
         self.evaluations_seconds.append(time.perf_counter() - self._start)
         if played.successes:
             self.evaluations_successes.append(played.successes)
+        # Each is computed once, also those of a state that was loaded: a bootstrap takes milliseconds.
+        self._intervals += [interval_of(returns) for returns in self.evaluations_results[len(self._intervals) :]]
         if self.log_path is None:
             return
         arrays: dict[str, Any] = {
@@ -205,14 +208,14 @@ class EvalCallback(sb3_callbacks.EvalCallback):
             "seconds": self.evaluations_seconds,
             "seeds": np.arange(self.seed, self.seed + self.n_eval_episodes),
             "iqm": [iqm(returns) for returns in self.evaluations_results],
-            "iqm_interval_95": [interval_of(returns) for returns in self.evaluations_results],
+            "iqm_interval_95": self._intervals,
         }
         data = io.BytesIO()
         np.savez(data, **arrays)
         write_atomically(f"{self.log_path}.npz", data.getvalue())
 
     def _log(self, played: PlayedEpisodes, seconds: float) -> None:
-        low, high = interval_of(played.returns)
+        low, high = self._intervals[-1]
         values = {
             "mean_reward": self.last_mean_reward,
             "std_reward": float(np.std(played.returns)),
@@ -264,6 +267,7 @@ class EvalCallback(sb3_callbacks.EvalCallback):
         """
         if missing := set(_STATE) - state.keys():
             raise ValueError(f"the state of an EvalCallback must have {', '.join(sorted(missing))}")
+        self._intervals = []
         for name in _STATE:
             setattr(self, name, [*state[name]] if isinstance(state[name], list) else state[name])
 

@@ -157,7 +157,7 @@ def draw_episodes(axes: Axes, episodes: Episodes, max_dots: int = MAX_DOTS) -> N
 
     :param axes: where to
     :param episodes: at least one
-    :param max_dots: of more episodes, so many are shown
+    :param max_dots: of more episodes, so many are shown, and the line has so many points
     :raises ValueError: if there is none
     """
     if not len(episodes):
@@ -167,11 +167,11 @@ def draw_episodes(axes: Axes, episodes: Episodes, max_dots: int = MAX_DOTS) -> N
     window = window_of(len(episodes))
     mean, std = smooth(returns, window)
     shown = np.unique(np.linspace(0, len(episodes) - 1, min(len(episodes), max_dots)).astype(int))
-    x, y = steps[shown], returns[shown]
-    axes.plot(x, y, ".", color=GREY, markersize=4, alpha=0.55, markeredgewidth=0, label="one episode")
+    x, mean, std = steps[shown], mean[shown], std[shown]
+    axes.plot(x, returns[shown], ".", color=GREY, markersize=4, alpha=0.55, markeredgewidth=0, label="one episode")
     low, high = mean - std, mean + std
-    axes.fill_between(steps, low, high, color=BLUE, alpha=0.18, linewidth=0, label="± 1 standard deviation")
-    axes.plot(steps, mean, color=BLUE, linewidth=2.0, label=f"mean of the last {window} episodes")
+    axes.fill_between(x, low, high, color=BLUE, alpha=0.18, linewidth=0, label="± 1 standard deviation")
+    axes.plot(x, mean, color=BLUE, linewidth=2.0, label=f"mean of the last {window} episodes")
 
 
 def decorate(
