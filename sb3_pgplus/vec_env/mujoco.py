@@ -28,6 +28,8 @@ from sb3_pgplus.vec_env.episodes import RUNNING, EpisodeMonitor, running_infos
 from sb3_pgplus.vec_env.mujoco_tasks import ALL, TASKS, Outcome, Rows, Task
 
 WRAPPERS_OF_MAKE = (TimeLimit, OrderEnforcing, PassiveEnvChecker)
+#: RL Zoo, once imported, puts its own in Gymnasium's place; through a vector environment both say the same.
+TIME_LIMIT_OF_RL_ZOO = "rl_zoo3.gym_patches:PatchedTimeLimit"
 #: Attributes of a Gymnasium environment that follow its simulation, which the template's does not.
 STATE_ATTRIBUTES = frozenset({"model", "data", "mujoco_renderer", "_np_random", "_np_random_seed"})
 #: What comes from classes and wrappers instead, and is the same for all copies.
@@ -347,7 +349,8 @@ def make_template(env_id: str, env_kwargs: Mapping[str, Any], task_class: type[T
     env = Monitor(gym.make(env_id, **{"render_mode": "rgb_array", **env_kwargs}))
     layer: Any = env.env
     while isinstance(layer, gym.Wrapper):
-        if type(layer) not in WRAPPERS_OF_MAKE:
+        name = f"{type(layer).__module__}:{type(layer).__qualname__}"
+        if type(layer) not in WRAPPERS_OF_MAKE and name != TIME_LIMIT_OF_RL_ZOO:
             raise BackendError(f"{env_id} comes in a {type(layer).__name__}, and it cannot serve wrappers")
         layer = layer.env
     if TASKS.get(f"{type(layer).__module__}:{type(layer).__qualname__}") is not task_class:
