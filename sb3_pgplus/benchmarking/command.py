@@ -50,6 +50,7 @@ def run(
         f"{outcome.finished} runs made, {outcome.skipped} were there, {outcome.failed} failed. "
         "Tables and figures: sb3-pgplus benchmark --table",
         highlight=False,
+        soft_wrap=True,
     )
     for path, why in store.failures(folder):
         console.print(f"{folder / path}: {why}", style="red", highlight=False, markup=False, soft_wrap=True)

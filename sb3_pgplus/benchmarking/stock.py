@@ -152,6 +152,8 @@ def normalized(env: VecEnv, normalize: bool | Mapping[str, Any] | None, gamma: f
     """
     if not normalize:
         return env
-    given: dict[str, Any] = {} if normalize is True else dict(normalize)
-    clips = {name: math.inf for name in ("clip_obs", "clip_reward") if name in given and given[name] is None}
-    return VecNormalize(env, **{"gamma": gamma, **given, **clips})
+    arguments: dict[str, Any] = {"gamma": gamma} | ({} if normalize is True else dict(normalize))
+    for name in ("clip_obs", "clip_reward"):
+        if name in arguments and arguments[name] is None:
+            arguments[name] = math.inf
+    return VecNormalize(env, **arguments)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 import sb3_pgplus
 from sb3_pgplus.benchmarking.suites import Run
-from sb3_pgplus.configs import ConfigError, algorithm_names
+from sb3_pgplus.configs import ConfigError, algorithm_class, algorithm_names
 from sb3_pgplus.construction import PLUMBING
 from sb3_pgplus.files import write_atomically
 
@@ -181,16 +181,14 @@ def described_settings(run: Run) -> dict[str, Any]:
     settings = run.settings
     values = dict(settings.hyperparameters)
     if settings.algo in algorithm_names():
-        from sb3_pgplus.configs import algorithm_class
-
         values = algorithm_class(settings.algo).hparams_class.defaults() | values
     return {
+        **{name: value for name, value in values.items() if name not in PLUMBING or value != PLUMBING[name]},
         "algo": settings.algo,
         **settings.environment.settings(),
         "n_envs": settings.n_envs,
         "n_timesteps": settings.n_timesteps,
         "policy": settings.policy,
-        **{name: value for name, value in values.items() if name not in PLUMBING or value != PLUMBING[name]},
     }
 
 
