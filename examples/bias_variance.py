@@ -226,12 +226,18 @@ def draw(measured: dict[str, Measured], title: str, path: Path) -> None:
         axes.plot(x, y, marker=marker, color=color, label="GAE over λ" if label == "GAE" else "n-step over n")
         for name, *place in zip(names, x, y, strict=True):
             text = name.removeprefix("GAE, ").removesuffix("-step")
-            axes.annotate(text, place, (5, 4), textcoords="offset points", fontsize=7, color=color)
-    limit = 1.1 * max(max(found.bias, found.std) for found in measured.values())
-    grid = np.linspace(0, limit, 200)
-    levels = axes.contour(grid, grid, np.hypot(*np.meshgrid(grid, grid)), levels=8, colors="#d5d9de", linewidths=0.7)
+            side, offset = ("right", (-6, -8)) if label == "GAE" else ("left", (6, 3))
+            axes.annotate(text, place, offset, textcoords="offset points", ha=side, fontsize=7, color=color)
+    right, top = (1.1 * max(getattr(found, field) for found in measured.values()) for field in ("bias", "std"))
+    grid = np.meshgrid(np.linspace(0, right, 200), np.linspace(0, top, 200))
+    levels = axes.contour(*grid, np.hypot(*grid), levels=8, colors="#d5d9de", linewidths=0.7)
     axes.clabel(levels, fontsize=6)
-    axes.set(xlabel="bias (RMS over states)", ylabel="standard deviation", xlim=(-0.02 * limit, limit), ylim=(0, limit))
+    axes.set(
+        xlabel="bias (RMS over states)",
+        ylabel="standard deviation",
+        xlim=(-0.1 * right, right),
+        ylim=(-0.06 * top, top),
+    )
     axes.set_title(title, loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     mpl.rcParams["svg.hashsalt"] = "bias_variance"
