@@ -1,5 +1,5 @@
 """
-The command ``sb3-pgplus train|evaluate|enjoy|profile|tune``; ``python -m sb3_pgplus.cli`` is the same.
+The command ``sb3-pgplus train|evaluate|enjoy|profile|tune|benchmark``; ``python -m sb3_pgplus.cli`` is the same.
 
 Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answers at once.
 """
@@ -357,6 +357,62 @@ def tune(
             progress=progress,
             console=Console(),
         )
+
+
+@app.command()
+def benchmark(
+    *,
+    suite: Annotated[str, typer.Option("--suite", help="mujoco, sb3, classic or ablation.")] = "mujoco",
+    algos: Annotated[str | None, typer.Option("--algos", help="Some of the suite's, with commas; see --list.")] = None,
+    envs: Annotated[str | None, typer.Option("--envs", help="Some of the suite's tasks, with commas.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="10 (the first ten), 0-2 or 0,3; by default the suite's.")
+    ] = None,
+    steps: Annotated[
+        float | None, typer.Option("--steps", help="Of a training; results of another length have their own folder.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Trainings side by side; by default one for each processor.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Folder of the results; by default benchmarks/results/suite.")
+    ] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Show what is stored and what is missing.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Make runs anew that have other settings.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Tables and figures of the stored runs; no training.")] = False,
+    figures: Annotated[bool, typer.Option("--figures/--no-figures", help="With --table: draw the figures.")] = True,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Markdown file for them; by default docs/results.md, if it is there.")
+    ] = None,
+    progress: Progress = True,
+    debug: Debug = False,
+) -> None:
+    """Learning curves of many tasks and seeds, with statistics; a stopped suite continues."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.benchmarking import command
+        from sb3_pgplus.benchmarking.suites import parse_seeds, plan
+        from sb3_pgplus.configs import whole_number
+        from sb3_pgplus.vec_env.common import usable_cpus
+
+        console, folder = Console(), store or command.STORE
+        if table:
+            command.write_tables(folder, page, with_figures=figures, console=console)
+            return
+        runs = plan(
+            suite,
+            algos=command.names(algos),
+            envs=command.names(envs),
+            seeds=None if seeds is None else parse_seeds(seeds),
+            n_timesteps=None if steps is None else whole_number("steps", steps),
+        )
+        if show_list:
+            console.print(command.plan_table(runs, folder))
+            return
+        outcome = command.run(
+            runs, folder, jobs=jobs or usable_cpus(), replace=replace, progress=progress, console=console
+        )
+    if outcome.failed:
+        raise typer.Exit(EXIT_FAILED)
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

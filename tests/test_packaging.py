@@ -32,13 +32,13 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
     frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
     | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "sampling"})
-    | frozenset({"tracing", "vec_env"}),
+    | frozenset({"tracing", "vec_env", "statistics", "processes"}),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"}),  # parts of on_policy
     frozenset({"on_policy"}),
     frozenset({"a2c", "ppo", "trpo"}),
     frozenset({FACADE}),
     frozenset({"configs", "environments", "playing", "training", "run_folder", "callbacks", "reporting"})
-    | frozenset({"profiling", "tuning", "zoo", "cli"}),
+    | frozenset({"profiling", "tuning", "zoo", "cli", "benchmarking"}),
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 ALGORITHMS = ("a2c", "ppo", "trpo")
@@ -71,7 +71,7 @@ OPTIONAL_PACKAGE_OWNERS = {
     "plotly": ("tuning",),
     "rl_zoo3": ("zoo",),
     "sb3_contrib": (),
-    "scipy": ("tuning",),
+    "scipy": ("tuning", "statistics"),
     "wandb": ("callbacks",),
 }
 #: These cost seconds or need an extra, so they have to wait until they are used.

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import optuna
-from scipy.stats import trim_mean
 
 from sb3_pgplus.configs import RunSettings
+from sb3_pgplus.statistics import iqm
 from sb3_pgplus.tuning.plan import TuningPlan
 from sb3_pgplus.tuning.spaces import suggest, trial_settings
 from sb3_pgplus.tuning.trainings import (
@@ -43,15 +43,6 @@ RESULT_OF_THE_SETTINGS = (
 
 class SurplusTrialError(RuntimeError):
     """Several workers asked for the last trial at the same moment; this one is not needed."""
-
-
-def iqm(values: Sequence[float]) -> float:
-    """
-    Interquartile mean: the mean without the lowest and the highest quarter.
-
-    :param values: one for each seed
-    """
-    return float(trim_mean(values, 0.25))
 
 
 def worker_name() -> str:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import bootstrap, trim_mean
 
-from sb3_pgplus.tuning.objective import Objective, SurplusTrialError, iqm, stored_runs
+from sb3_pgplus.statistics import iqm, iqm_interval
+from sb3_pgplus.tuning.objective import Objective, SurplusTrialError, stored_runs
 from sb3_pgplus.tuning.plan import TuningPlan
 from sb3_pgplus.tuning.spaces import default_settings
 from sb3_pgplus.tuning.trainings import TrainingFailedError
-
-RESAMPLES = 5000
 
 
 @dataclass(frozen=True)
@@ -39,25 +36,6 @@ class Candidate:
     def test_score(self) -> float | None:
         """IQM over the test seeds."""
         return iqm(self.test_scores) if self.test_scores else None
-
-
-def interval_of(scores: Sequence[float]) -> tuple[float, float]:
-    """
-    95 % interval of the IQM by the percentile bootstrap over seeds.
-
-    :param scores: one for each seed
-    """
-    values = np.asarray(scores)
-    if len(values) < 2 or np.ptp(values) == 0:
-        return float(values.min()), float(values.max())
-    result = bootstrap(
-        (values,),
-        lambda x, axis: trim_mean(x, 0.25, axis=axis),
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def is_feasible(trial: FrozenTrial) -> bool:
@@ -155,5 +133,5 @@ def ranked(test: optuna.Study, plan: TuningPlan) -> list[Candidate]:
     for tested in test.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         scores = [run.score(plan.objective) for run in sorted(stored_runs(tested), key=lambda run: run.seed)]
         known = {**tested.user_attrs["candidate"], "exact": tested.user_attrs["exact"]}
-        candidates.append(Candidate(**known, test_scores=scores, interval=interval_of(scores)))
+        candidates.append(Candidate(**known, test_scores=scores, interval=iqm_interval(scores)))
     return sorted(candidates, key=lambda candidate: iqm(candidate.test_scores), reverse=True)

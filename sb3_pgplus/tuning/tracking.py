@@ -7,7 +7,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from sb3_pgplus.tuning.objective import iqm, stored_runs
+from sb3_pgplus.statistics import iqm
+from sb3_pgplus.tuning.objective import stored_runs
 
 
 def require_wandb() -> None:
