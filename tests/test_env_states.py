@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import wrappers
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.atari_wrappers import ClipRewardEnv, MaxAndSkipEnv, WarpFrame
@@ -33,6 +34,7 @@ from stable_baselines3.common.vec_env import (
 from sb3_pgplus import make_vec_env
 from sb3_pgplus.vec_env import GymnasiumVecEnv
 from sb3_pgplus.vec_env.states import capture_state, restore_state
+from sb3_pgplus.vec_env.tensors import TensorStep, TensorVecEnv
 
 try:
     from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
@@ -298,15 +300,19 @@ class RandomStart(gym.Wrapper[Any, Any, Any, Any]):
         return observation + np.float32(np.random.random()), info
 
 
+#: Quick to start, where there are no threads that it could break.
+FORKED: dict[str, Any] = {"vec_env_kwargs": {"start_method": "fork"}}
+
+
 def test_workers_go_on_bit_for_bit_with_the_generators_of_their_processes() -> None:
-    settings: dict[str, Any] = {"env_kwargs": {"max_episode_steps": 13}, "wrapper_class": RandomStart}
+    settings: dict[str, Any] = {"env_kwargs": {"max_episode_steps": 13}, "wrapper_class": RandomStart, **FORKED}
     assert_goes_on(
         lambda seed: make_vec_env("Pendulum-v1", 3, seed=seed, backend="workers", n_threads=2, **settings), 20, 30
     )
 
 
 def test_workers_refuse_the_state_of_other_environments_and_live_on() -> None:
-    env, other = (make_vec_env(name, 2, seed=0, backend="workers") for name in ("CartPole-v1", "Acrobot-v1"))
+    env, other = (make_vec_env(name, 2, seed=0, backend="workers", **FORKED) for name in ("CartPole-v1", "Acrobot-v1"))
     state, _ = capture_state(env)
     assert state is not None
     with pytest.raises(ValueError, match="AcrobotEnv"):
@@ -355,18 +361,47 @@ def test_a_native_vector_environment_goes_on_bit_for_bit() -> None:
     assert_goes_on(build, 15, 20)
 
 
-def test_tensors_from_jax_go_on_bit_for_bit() -> None:
-    pytest.importorskip("jax")
-    from gymnasium.envs.phys2d.pendulum import PendulumFunctional
+class Fall(TensorVecEnv):
+    """Falls until it is below zero, from a random height."""
 
-    from sb3_pgplus.vec_env.jax_adapter import JaxVecEnv
+    def __init__(self, num_envs: int) -> None:
+        super().__init__(num_envs, gym.spaces.Box(-9, 9, (1,)), gym.spaces.Box(0, 1, (1,)))
+        self.random = th.Generator()
 
+    def reset_tensors(self, seed: int | None) -> th.Tensor:
+        self.height = self._start()
+        return self.height
+
+    def _start(self) -> th.Tensor:
+        return 5 * th.rand(self.num_envs, 1, generator=self.random)
+
+    def step_tensors(self, actions: th.Tensor) -> TensorStep:
+        below = self.height - actions
+        ended = below[:, 0] < 0
+        self.height = th.where(ended[:, None], self._start(), below)
+        return TensorStep(self.height, below[:, 0], ended, th.zeros_like(ended), below)
+
+
+class TellingFall(Fall):
+    """With ``get_state`` and ``set_state``."""
+
+    def get_state(self) -> Any:
+        return {"height": self.height.numpy(), "random": self.random.get_state().numpy()}
+
+    def set_state(self, state: Any) -> None:
+        self.height = th.from_numpy(state["height"])
+        self.random.set_state(th.from_numpy(state["random"]))
+
+
+def test_tensors_go_on_bit_for_bit_where_the_simulator_tells_its_state() -> None:
     def build(seed: int) -> VecEnv:
-        env = JaxVecEnv(PendulumFunctional(), 3, max_episode_steps=13, seed=seed)
+        env = TellingFall(3)
         env.action_space.seed(seed)
         return env
 
     assert_goes_on(build)
+    reason = reasons_of(Fall(2))
+    assert "Fall" in reason and "get_state" in reason
 
 
 # --- states of one's own ----------------------------------------------------------------------------------------------
@@ -555,3 +590,44 @@ def test_functions_given_to_wrappers_are_looked_at() -> None:
     assert_goes_on(limited(lambda: wrappers.TransformReward(pendulum(), lambda reward: scale * reward)))
     reason = reasons_of(limited(lambda: wrappers.TransformReward(pendulum(), remembering))(0))
     assert "has a function func that may keep something: it uses append" in reason
+
+
+# --- at the end, since nothing should be forked after JAX was imported ------------------------------------------------
+
+
+def test_tensors_from_jax_go_on_bit_for_bit() -> None:
+    jax = pytest.importorskip("jax")
+    from gymnasium.experimental.functional import FuncEnv
+
+    from sb3_pgplus.vec_env.jax_adapter import JaxVecEnv
+
+    class Drift(FuncEnv):  # type: ignore[misc,type-arg]  # its type parameters need JAX's types
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+        action_space = gym.spaces.Box(-1, 1, (2,))
+
+        def initial(self, rng: Any, params: Any = None) -> Any:
+            return {"position": jax.random.normal(rng, (2,)), "age": 0}
+
+        def transition(self, state: Any, action: Any, rng: Any, params: Any = None) -> Any:
+            noise = jax.random.normal(rng, (2,))
+            return {"position": state["position"] + action + noise, "age": state["age"] + 1}
+
+        def observation(self, state: Any, rng: Any, params: Any = None) -> Any:
+            return state["position"]
+
+        def reward(self, state: Any, action: Any, next_state: Any, rng: Any, params: Any = None) -> Any:
+            return next_state["position"].sum() * next_state["age"]
+
+        def terminal(self, state: Any, rng: Any, params: Any = None) -> Any:
+            return abs(state["position"]).max() > 5
+
+    compiled = JaxVecEnv(Drift(), 3, max_episode_steps=13)  # once, which takes seconds
+
+    def build(seed: int) -> VecEnv:
+        env = JaxVecEnv(Drift(), 3, max_episode_steps=13, seed=seed)
+        env._reset, env._step = compiled._reset, compiled._step
+        env.action_space = copy.deepcopy(env.action_space)  # a class attribute otherwise, shared by all
+        env.action_space.seed(seed)
+        return env
+
+    assert_goes_on(build)
