@@ -241,9 +241,6 @@ WRAPPED: dict[str, Callable[[], gym.Env[Any, Any]]] = {
     "TransformReward": lambda: wrappers.TransformReward(pendulum(), lambda reward: reward / 10),
     "ClipReward": lambda: wrappers.ClipReward(pendulum(), -1, 1),
     "DtypeObservation": lambda: wrappers.DtypeObservation(pendulum(), np.float64),
-    "AddRenderObservation": lambda: wrappers.ResizeObservation(
-        wrappers.AddRenderObservation(gym.make("Pendulum-v1", render_mode="rgb_array")), (24, 24)
-    ),
     "FrozenLake": lambda: gym.make("FrozenLake-v1"),
     "CliffWalking": lambda: gym.make("CliffWalking-v1", is_slippery=True),
     "Taxi": lambda: gym.make("Taxi-v4", is_rainy=True, fickle_passenger=True),
@@ -252,7 +249,7 @@ WRAPPED: dict[str, Callable[[], gym.Env[Any, Any]]] = {
     "IdentityEnvBox": lambda: IdentityEnvBox(ep_length=9),
     "SimpleMultiObsEnv": lambda: SimpleMultiObsEnv(random_start=False),
     "FakeImageEnv": FakeImageEnv,  # samples its observation space
-    "WarpFrame": lambda: ClipRewardEnv(WarpFrame(MaxAndSkipEnv(FakeImageEnv(40, 40, 3), 2), 24, 24)),
+    "WarpFrame": lambda: ClipRewardEnv(WarpFrame(MaxAndSkipEnv(FakeImageEnv(4, 40, 40, 3), 2), 24, 24)),
     "BitFlippingEnv": lambda: BitFlippingEnv(n_bits=4),
 }
 
@@ -260,6 +257,13 @@ WRAPPED: dict[str, Callable[[], gym.Env[Any, Any]]] = {
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrapped_and_other_environments_go_on_bit_for_bit(name: str) -> None:
     assert_goes_on(limited(WRAPPED[name]))
+
+
+def test_observed_pictures_go_on_bit_for_bit() -> None:
+    def build() -> gym.Env[Any, Any]:
+        return wrappers.AddRenderObservation(gym.make("FrozenLake-v1", render_mode="rgb_array"))
+
+    assert_goes_on(limited(build, 5), 3, 6)
 
 
 @pytest.mark.parametrize("version", ["Ant-v4", "Humanoid-v4", "Reacher-v4"])
@@ -577,6 +581,30 @@ def test_a_subclass_without_state_is_as_its_base_and_one_with_state_is_not() -> 
         lambda: Tuned(cart_pole()): "Tuned.reset stores something in reset()",
     }.items():
         assert why in reasons_of(limited(build)(0))
+
+
+def test_methods_of_these_names_with_other_arguments_are_not_the_protocol() -> None:
+    class Other(Walk):
+        def get_state(self, index: int) -> Any:
+            raise AssertionError("never called")
+
+        def set_state(self, state: Any) -> None:
+            raise AssertionError("never called")
+
+    assert "Other" in reasons_of(limited(Other)(0))
+
+
+def test_a_state_that_is_not_plain_or_not_to_be_had_is_a_reason() -> None:
+    class Opaque(TellingWalk):
+        def get_state(self) -> Any:
+            return {"environment": self}
+
+    class Refusing(TellingWalk):
+        def get_state(self) -> Any:
+            raise NotImplementedError("the robot is real")
+
+    assert "Opaque is not plain data" in reasons_of(limited(Opaque)(0))
+    assert "the robot is real" in reasons_of(limited(Refusing)(0))
 
 
 def test_functions_given_to_wrappers_are_looked_at() -> None:

@@ -19,7 +19,21 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-_FIXED = (bool, int, float, complex, str, bytes, range, slice, type(None), type, np.generic, np.ndarray, np.dtype)
+_FIXED: tuple[type[Any], ...] = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    slice,
+    type(None),
+    type,
+    np.generic,
+    np.ndarray,
+    np.dtype,
+)
 #: Spaces have random generators, which are stored with them; loggers keep nothing that is read.
 _FIXED += (Enum, np.ufunc, spaces.Space, types.ModuleType, types.BuiltinFunctionType, logging.Logger)
 #: Storing into a local variable is no change. Items may be those of a local array or dict: that cannot be told apart.
