@@ -15,7 +15,7 @@ import pytest
 import torch as th
 from gymnasium import wrappers
 from gymnasium.vector import AutoresetMode
-from stable_baselines3.common.atari_wrappers import ClipRewardEnv, MaxAndSkipEnv, WarpFrame
+from stable_baselines3.common.atari_wrappers import AtariWrapper, ClipRewardEnv, MaxAndSkipEnv, WarpFrame
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnv, IdentityEnvBox, SimpleMultiObsEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import (
@@ -32,7 +32,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_pgplus import make_vec_env
-from sb3_pgplus.vec_env import GymnasiumVecEnv
+from sb3_pgplus.vec_env import GymnasiumVecEnv, record_episodes
 from sb3_pgplus.vec_env.states import capture_state, restore_state
 from sb3_pgplus.vec_env.tensors import TensorStep, TensorVecEnv
 
@@ -534,9 +534,48 @@ def reasons_of(env: VecEnv) -> str:
     return " ".join(reasons)
 
 
+def test_a_recorded_lunar_lander_goes_on_bit_for_bit() -> None:
+    pytest.importorskip("Box2D")
+    settings: dict[str, Any] = {"env_kwargs": {"max_episode_steps": 70}, "wrapper_class": record_episodes}
+    assert_goes_on(lambda seed: make_vec_env("LunarLander-v3", 2, seed=seed, **settings), 100, 150)
+    # Outer wrappers that draw from the environment's own generator are recorded with it.
+    assert_goes_on(
+        limited(lambda: wrappers.StickyAction(record_episodes(gym.make("LunarLander-v3")), 0.3), 70), 100, 150
+    )
+
+
+def test_recorded_atari_games_go_on_bit_for_bit_with_screen_and_sticky_actions() -> None:
+    gym.register_envs(pytest.importorskip("ale_py"))
+    pytest.importorskip("cv2")
+
+    def build() -> gym.Env[Any, Any]:
+        env = record_episodes(gym.make("ALE/Qbert-v5", frameskip=1, repeat_action_probability=0.25))
+        return AtariWrapper(env, action_repeat_probability=0.2)
+
+    assert_goes_on(limited(build, 25), 40, 40)
+
+
+def test_only_what_forgets_at_a_reset_is_recorded() -> None:
+    pytest.importorskip("Box2D")
+    with pytest.raises(ValueError, match="BipedalWalker may not be the same after each reset"):
+        record_episodes(gym.make("BipedalWalker-v3"))
+
+
+def test_a_record_that_leads_elsewhere_is_noticed() -> None:
+    pytest.importorskip("Box2D")
+    env = make_vec_env("LunarLander-v3", 1, seed=0, wrapper_class=record_episodes)
+    env.reset()
+    steps(env, random_actions(env, 30, seed=0))
+    state, _ = capture_state(env)
+    assert state is not None
+    windy = make_vec_env("LunarLander-v3", 1, wrapper_class=record_episodes, env_kwargs={"gravity": -5.0})
+    with pytest.raises(ValueError, match="came to another observation"):
+        restore_state(windy, state)
+
+
 @pytest.mark.parametrize(
     ("env_id", "package", "words"),
-    [("LunarLander-v3", "Box2D", "Box2D"), ("ALE/Pong-v5", "ale_py", "screen")],
+    [("BipedalWalker-v3", "Box2D", "Box2D"), ("ALE/Pong-v5", "ale_py", "record_episodes")],
 )
 def test_what_cannot_be_had_is_said(env_id: str, package: str, words: str) -> None:
     module = pytest.importorskip(package)

@@ -140,9 +140,10 @@ def env_to_tree(env: Any) -> tuple[Tree, list[str]]:
     :param env: the outermost layer
     :return: a plain tree, and the reasons why something is missing in it
     """
-    layers, reasons = [], []
+    layers, reasons, covered = [], [], False
     for layer in layers_of(env):
-        state, reason = layer_to_tree(layer)
+        state, reason = (None, None) if covered else layer_to_tree(layer)
+        covered = covered or getattr(type(layer), "covers_inner", False)
         reasons += [reason] if reason is not None else []
         attributes = vars(layer)
         own_spaces = {name: value for name, value in attributes.items() if isinstance(value, spaces.Space)}
