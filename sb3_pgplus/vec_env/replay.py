@@ -1,8 +1,8 @@
 """
 States of environments that cannot be put into a state: the running episode is played once more.
 
-Box2D's physics and Atari's emulator keep more than can be read out and set. But an episode is determined by the state of
-the random generators it began with and by its actions.
+Box2D's physics and Atari's emulator keep more than can be read out and set. But an episode is determined by its actions
+and by the state of the random generators that it began with.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FORGETFUL = frozenset({"gymnasium.envs.box2d.lunar_lander:LunarLander", "ale_py.
 
 class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
     """
-    Records the running episode of the environment that it wraps: its beginning, its actions, and where other wrappers drew
-    from its random generator. Its state is this record, and to restore it is to play it.
+    Records the running episode of the environment that it wraps: its beginning, its actions, and where other wrappers
+    drew from its random generator. Its state is this record, and to restore it is to play it.
 
     :param env: Gymnasium's LunarLander or an Atari game of ALE, without wrappers
     :raises ValueError: if it is something else
@@ -35,8 +35,8 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         if kind_of(type(env)) not in FORGETFUL:
             raise ValueError(
-                f"{type(env).__name__} may not be the same after each reset, so that an episode played once more may end "
-                f"elsewhere: episodes can be recorded of {', '.join(sorted(FORGETFUL))}"
+                f"{type(env).__name__} may not be the same after each reset, so that an episode played once more may "
+                f"end elsewhere: episodes can be recorded of {', '.join(sorted(FORGETFUL))}"
             )
         super().__init__(env)
         self._start: Tree = None
