@@ -500,6 +500,14 @@ class Hopping(HopperEnv if HopperEnv else object):  # type: ignore[misc]  # with
             self.pushes = state[0]["pushes"]
 
 
+class Tired(HopperEnv if HopperEnv else object):  # type: ignore[misc]
+    """A MuJoCo task whose state is the simulation's alone."""
+
+    def step(self, action: Any) -> Any:
+        observation, reward, *rest = super().step(action)
+        return (observation, reward - abs(self.data.qvel).sum(), *rest)
+
+
 def test_environments_and_wrappers_that_tell_their_state_go_on_bit_for_bit() -> None:
     assert_goes_on(lambda seed: Summing(limited(lambda: Averaging(TellingWalk()))(seed)))
 
@@ -507,6 +515,7 @@ def test_environments_and_wrappers_that_tell_their_state_go_on_bit_for_bit() -> 
 def test_a_mujoco_environment_adds_its_own_state_to_the_simulations() -> None:
     pytest.importorskip("mujoco")
     assert_goes_on(limited(Hopping, 30), 20, 60)
+    assert_goes_on(limited(Tired, 30), 20, 60)
 
 
 def test_the_state_does_not_change_with_the_environment_nor_the_environment_with_it() -> None:
@@ -589,34 +598,79 @@ def test_other_processes_of_other_libraries_are_said_to_have_none() -> None:
     assert "'workers'" in reasons_of(GymnasiumVecEnv(gym.make_vec("CartPole-v1", 1, vectorization_mode="async")))
 
 
+class Scaled(gym.RewardWrapper[Any, Any]):
+    """Has a setting and nothing else."""
+
+    def __init__(self, env: Any, scale: float) -> None:
+        super().__init__(env)
+        self.scale = scale
+
+    def reward(self, reward: Any) -> Any:
+        return reward * self.scale
+
+
+class Counting(Scaled):
+    """Stores an attribute."""
+
+    def reward(self, reward: Any) -> Any:
+        self.scale += 1
+        return reward * self.scale
+
+
+class Keeping(Scaled):
+    """Stores a list in its constructor."""
+
+    def __init__(self, env: Any) -> None:
+        super().__init__(env, 1.0)
+        self.kept: list[Any] = []
+
+
+class Tuned(gym.Wrapper[Any, Any, Any, Any]):
+    """Changes a setting of the environment."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.unwrapped.gravity = self.unwrapped.np_random.uniform(9, 10)
+        return self.env.reset(**kwargs)
+
+
+class Noted(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
+    """Has an array, and notes its arguments."""
+
+    def __init__(self, env: Any, **settings: Any) -> None:
+        gym.utils.RecordConstructorArgs.__init__(self, **settings)
+        super().__init__(env)
+        self.shift = np.ones(1)
+
+    def step(self, action: Any) -> Any:
+        observation, *rest = self.env.step(action)
+        return (observation + self.shift.astype(np.float32), *rest)
+
+
+class Nameless(Scaled):
+    """Stores without a name."""
+
+    def __init__(self, env: Any) -> None:
+        super().__init__(env, 1.0)
+        setattr(self, "ke" + "pt", [])
+
+
+class Aliasing(Noted):
+    """Changes an array in place."""
+
+    def step(self, action: Any) -> Any:
+        shift = self.shift
+        shift += 1.0
+        return super().step(action)
+
+
 def test_a_subclass_without_state_is_as_its_base_and_one_with_state_is_not() -> None:
-    class Scaled(gym.RewardWrapper[Any, Any]):
-        def __init__(self, env: Any, scale: float) -> None:
-            super().__init__(env)
-            self.scale = scale
-
-        def reward(self, reward: Any) -> Any:
-            return reward * self.scale
-
-    class Counting(Scaled):
-        def reward(self, reward: Any) -> Any:
-            self.scale += 1
-            return reward * self.scale
-
-    class Keeping(Scaled):
-        def __init__(self, env: Any) -> None:
-            super().__init__(env, 1.0)
-            self.kept: list[Any] = []
-
-    class Tuned(gym.Wrapper[Any, Any, Any, Any]):
-        def reset(self, **kwargs: Any) -> Any:
-            self.unwrapped.gravity = self.unwrapped.np_random.uniform(9, 10)
-            return self.env.reset(**kwargs)
-
     assert_goes_on(limited(lambda: Scaled(pendulum(), 3.0)))
+    assert_goes_on(limited(lambda: Noted(pendulum(), something=[])))
     for build, why in {
         lambda: Counting(pendulum(), 1.0): "Counting.reward stores something in reward()",
         lambda: Keeping(pendulum()): "Keeping.__init__ stores kept, which is a list",
+        lambda: Nameless(pendulum()): "Nameless.__init__ uses setattr",
+        lambda: Aliasing(pendulum()): "Aliasing.step stores something in step()",
         lambda: Tuned(cart_pole()): "Tuned.reset stores something in reset()",
     }.items():
         assert why in reasons_of(limited(build)(0))
