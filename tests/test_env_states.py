@@ -159,6 +159,21 @@ def test_mujoco_goes_on_bit_for_bit_with_its_warm_start_and_lagged_fields(task: 
     assert_goes_on(lambda seed: make_vec_env(f"{task}-v5", 2, seed=seed, env_kwargs=kwargs, backend=backend), 18, 30)
 
 
+@pytest.mark.parametrize("backend", ["serial", "mujoco"])
+def test_the_clock_goes_on_without_the_time_in_between(backend: str) -> None:
+    pytest.importorskip("mujoco.batch")
+    settings: dict[str, Any] = {"env_kwargs": {"max_episode_steps": 4}, "backend": backend}
+    original, restored = (make_vec_env("HalfCheetah-v5", 2, seed=0, **settings) for _ in range(2))
+    original.reset()
+    for counter in [original.episodes] if backend == "mujoco" else original.envs:
+        counter.t_start -= 1000  # as if it had run for that long
+    state, _ = capture_state(original)
+    assert state is not None
+    restore_state(restored, state)
+    *_, infos, _ = steps(restored, random_actions(restored, 4, seed=0))[-1]
+    assert all(1000 <= info["episode"]["t"] < 1060 for info in infos)
+
+
 def test_a_state_of_other_environments_is_refused() -> None:
     def build(env_id: str, n_envs: int, **kwargs: Any) -> VecEnv:
         return make_vec_env(env_id, n_envs, seed=0, **kwargs)
@@ -275,7 +290,7 @@ def test_the_older_mujoco_tasks_go_on_bit_for_bit(version: str) -> None:
 
 
 def zoo_wrappers() -> Any:
-    """The module ``rl_zoo3.wrappers`` without its package, which puts another TimeLimit into Gymnasium for all tests."""
+    """``rl_zoo3.wrappers`` without its package, which puts another TimeLimit into Gymnasium for all tests."""
     package = importlib.util.find_spec("rl_zoo3")
     if package is None or package.origin is None:
         pytest.skip("rl_zoo3 is not installed")
