@@ -1,0 +1,171 @@
+"""What stands between a training and Weights & Biases: runs that are begun and ended here, uploads, values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.logger import Figure, Image, KVWriter, Video
+
+try:
+    import wandb
+except ModuleNotFoundError as error:
+    if error.name != "wandb":
+        raise
+    raise ImportError("Weights & Biases is not installed: run pip install 'sb3_pgplus[wandb]'") from error
+
+__all__ = [
+    "Uploads",
+    "WandbOutputFormat",
+    "as_wandb_value",
+    "begin",
+    "end",
+    "histogram",
+    "is_own",
+    "uploads_of",
+    "wandb",
+]
+
+#: Seconds that the end of a run waits for a server that does not answer. What is on disk then is for `wandb sync`.
+FINISH_TIMEOUT = 600.0
+UPLOAD_TIMEOUT = 60.0
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+class Uploads:
+    """Calls that ask the server, one after the other in a thread: without a network they would hold up training."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: list[Future[Any]] = []
+
+    def start(self, call: Callable[[], Any], on_error: Callable[[BaseException], None]) -> None:
+        """
+        :param call: what is to be done
+        :param on_error: told of an error, in that thread
+        """
+
+        def report(future: Future[Any]) -> None:
+            if (error := future.exception()) is not None:
+                on_error(error)
+
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="wandb-uploads")
+        future = self._thread.submit(call)
+        future.add_done_callback(report)
+        self._pending = [other for other in [*self._pending, future] if not other.done()]
+
+    def wait(self) -> None:
+        """Until all is done, or long enough."""
+        wait(self._pending, UPLOAD_TIMEOUT)
+
+
+#: The runs that were begun here, by id. Others are their user's: used, and never finished.
+_OWN_RUNS: dict[str, Uploads] = {}
+
+
+def is_own(run: Any) -> bool:
+    """
+    Whether it was begun here.
+
+    :param run: of W&B
+    """
+    return run.id in _OWN_RUNS
+
+
+def uploads_of(run: Any) -> Uploads:
+    """
+    The same for all callbacks of a run.
+
+    :param run: of W&B
+    """
+    return _OWN_RUNS.get(run.id) or Uploads()
+
+
+def begin(run_id: str | None, arguments: Mapping[str, Any], on_error: Callable[[BaseException, str], None]) -> Any:
+    """
+    Begin a run; offline, if that is impossible online.
+
+    :param run_id: of the run to continue, None for a new one
+    :param arguments: of ``wandb.init``
+    :param on_error: told why it is offline, and what that means
+    """
+    arguments = {"settings": wandb.Settings(finish_timeout=FINISH_TIMEOUT)} | dict(arguments)
+    if run_id is not None:
+        arguments |= {"id": run_id, "resume": "allow"}
+    try:
+        run = wandb.init(**arguments)
+    except Exception as error:
+        wandb.teardown()  # the run that failed would keep its id
+        run = wandb.init(**arguments | {"mode": "offline"})
+        on_error(error, "the run is recorded offline, for `wandb sync` later")
+    _OWN_RUNS[run.id] = Uploads()
+    return run
+
+
+def end(run: Any, exit_code: int = 0) -> None:
+    """
+    End a run that was begun here.
+
+    :param run: of W&B
+    :param exit_code: 0: finished, 255: killed, others: failed
+    """
+    _OWN_RUNS.pop(run.id).wait()
+    run.finish(exit_code=exit_code)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+class WandbOutputFormat(KVWriter):
+    """
+    Hands on what SB3's logger dumps.
+
+    :param log: takes one row
+    """
+
+    def __init__(self, log: Callable[[dict[str, Any]], None]) -> None:
+        self._log = log
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """
+        :param key_values: of the logger
+        :param key_excluded: formats that a key is not for
+        :param step: not used: a dump by hand has 0 here, and a row needs the environment steps
+        """
+        self._log({key: value for key, value in key_values.items() if "wandb" not in (key_excluded.get(key) or ())})
+
+    def close(self) -> None:
+        """Nothing: a run is longer than a logger."""
+
+
+def as_wandb_value(value: Any) -> Any:
+    """
+    :param value: as SB3's logger has it
+    :return: None if W&B has no form for it
+    """
+    if isinstance(value, np.ndarray | th.Tensor):
+        return value.item() if np.prod(value.shape) == 1 else None
+    if isinstance(value, Number | str):
+        return value
+    if isinstance(value, Video):
+        return wandb.Video(value.frames.cpu().numpy(), fps=int(value.fps), format="mp4")
+    if isinstance(value, Figure):
+        return wandb.Image(value.figure)
+    return wandb.Image(value.image) if isinstance(value, Image) else None
+
+
+def histogram(values: th.Tensor) -> Any:
+    """
+    :param values: of any shape
+    :return: W&B's histogram of the finite ones, None if there are none
+    """
+    array = values.detach().float().cpu().numpy().ravel()
+    array = array[np.isfinite(array)]
+    return wandb.Histogram(np_histogram=np.histogram(array, bins=64)) if array.size else None
