@@ -51,9 +51,8 @@ def _hyperparameters(model: BaseAlgorithm) -> dict[str, Any]:
     named = [name for name in (*inspect.signature(type(model)).parameters, *PLUMBING) if name not in _NOT_SETTINGS]
     values = {name: getattr(model, name) for name in named if hasattr(model, name)}
     described = {name: value if isinstance(value, type) else describe_schedule(value) for name, value in values.items()}
-    own: dict[str, Any] = getattr(
-        model, "hyperparameters", dict
-    )()  # also those that a subclass's constructor does not name
+    # Also those that the constructor of a subclass does not name.
+    own: dict[str, Any] = getattr(model, "hyperparameters", dict)()
     return {name: plain(value) for name, value in (described | own).items()}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_pgplus.callback_tree import callbacks_in
@@ -113,6 +114,16 @@ class WandbCallback(BaseCallback):
         self._warned: set[str] = set()
 
     # --- the run ------------------------------------------------------------------------------------------------------
+
+    def start(self, model: BaseAlgorithm) -> None:
+        """
+        Begin the run before ``learn``, which does it otherwise: then connecting is not part of the training's time.
+
+        :param model: the one that will learn
+        """
+        self.model = model
+        with self._training_goes_on():
+            self.run = self._run_of_this_training()
 
     def _on_training_start(self) -> None:
         with self._training_goes_on():
