@@ -115,7 +115,7 @@ def train(
     if tracker is not None:
         summary = {} if evaluation is None else evaluation.summary()
         tracker.log_summary({f"evaluation/{name}": value for name, value in summary.items()})
-        tracker.finish()
+        tracker.finish(255 if interrupted else 0)  # 255: "killed", unless `learn` has told it already
     return FinishedRun(model, folder, episodes, seconds, interrupted, evaluation)
 
 

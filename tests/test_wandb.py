@@ -381,6 +381,27 @@ def test_the_statistics_of_a_vec_normalize_are_in_the_artifact(tmp_path: Path) -
     assert {entry.path for entry in artifact.manifest.contents} == {"model.zip", "vecnormalize.pkl"}
 
 
+def test_what_the_best_evaluation_was_outlives_a_checkpoint(tmp_path: Path) -> None:
+    class Evaluation(BaseCallback):
+        best_mean_reward = 5.0
+
+        def _on_step(self) -> bool:
+            return True
+
+    model, callback = model_on(**CONSTANT), tracked(tmp_path / "first")
+    model.learn(STEPS, callback=[Evaluation(), callback])
+    state = json.loads(json.dumps(callback.state_dict()))
+    callback.finish()
+    again = tracked(tmp_path / "second")
+    again.load_state_dict(state)
+    model.learn(STEPS, callback=[Evaluation(), again], reset_num_timesteps=False)
+    assert [aliases for aliases, _ in written(tmp_path / "first").models] == [
+        {"best", "latest", "step-128"},
+        {"latest", "step-128"},
+    ]
+    assert [aliases for aliases, _ in written(tmp_path / "second", again).models] == [{"latest", "step-256"}]
+
+
 def test_no_artifacts_if_not_wanted(tmp_path: Path) -> None:
     callback = tracked(tmp_path, save_model=False, model_freq=STEPS)
     model_on().learn(STEPS, callback=callback)

@@ -20,8 +20,9 @@ from sb3_pgplus.callbacks.wandb_run import (
     as_wandb_value,
     begin,
     end,
-    histogram,
+    histograms,
     is_own,
+    model_artifact,
     uploads_of,
     wandb,  # with an error that names the extra
 )
@@ -143,13 +144,13 @@ class WandbCallback(BaseCallback):
 
     def _run_of_this_training(self) -> Any:
         """The user's own, that of the model's last ``learn``, or a new one."""
-        known, is_continued = getattr(self.model, "wandb_run_id", None), self.model.num_timesteps > 0
+        known = getattr(self.model, "wandb_run_id", None)
         run = wandb.run
         if run is not None and is_own(run) and run.id != known:
             end(run)  # it was another model's
             run = None
         if run is None:
-            run = begin(known if is_continued else None, self.init_kwargs, self._warn)
+            run = begin(known if self._is_continued() else None, self.init_kwargs, self._warn)
         self._uploads = uploads_of(run)
         if run.disabled:
             return run
@@ -157,7 +158,12 @@ class WandbCallback(BaseCallback):
             self._declare_origin(run)
         if run.id != known:
             self._set_on_model(wandb_run_id=run.id, wandb_steps_before=0)
+            self._best = -np.inf
         return run
+
+    def _is_continued(self) -> bool:
+        """Not so if steps are counted from 0, but for a training that is resumed before its first rollout ended."""
+        return self.model.num_timesteps > 0 or getattr(self.model, "_unfinished", None) is not None
 
     def _declare_origin(self, run: Any) -> None:
         """A run that goes on from the model of another run has that as its input; offline, W&B cannot know it."""
@@ -177,10 +183,10 @@ class WandbCallback(BaseCallback):
         """Where this training's steps are among those of the whole run."""
         logged = self.run.summary.get(STEP)
         self._logged_before = -1 if logged is None else int(logged)
-        if self.model.num_timesteps == 0:  # counted from 0 again
+        if not self._is_continued():
             self._set_on_model(wandb_steps_before=max(self._logged_before, 0))
         best = self.run.summary.get("eval/best_mean_reward")
-        self._best = -np.inf if best is None else float(best)
+        self._best = self._best if best is None else max(self._best, float(best))
 
     def _set_on_model(self, **attributes: Any) -> None:
         """Plain values: saved with the model."""
@@ -261,18 +267,22 @@ class WandbCallback(BaseCallback):
             self.run.alert("Non-finite update", text, level="WARN")
 
     def _histograms(self) -> dict[str, Any]:
+        policy = self.model.policy
         logged: dict[str, Any] = {}
-        parameters = dict(self.model.policy.named_parameters())
         if self.histograms != "gradients":
-            logged |= {f"parameters/{name}": histogram(values) for name, values in parameters.items()}
+            logged |= histograms("parameters", policy.named_parameters())
         if self.histograms != "parameters" and getattr(self.model, "_n_updates", 0) > 0:
-            logged |= {f"gradients/{n}": histogram(p.grad) for n, p in parameters.items() if p.grad is not None}
-            missing = [name for name, p in parameters.items() if p.grad is None and p.requires_grad]
-            if missing and "gradients" not in self._warned:
-                self._warned.add("gradients")
-                algo = type(self.model).__name__
-                warn_user(f"no gradient histograms of {', '.join(missing)}: {algo} leaves no gradient there")
-        return {name: found for name, found in logged.items() if found is not None}
+            logged |= histograms("gradients", ((n, p.grad) for n, p in policy.named_parameters() if p.grad is not None))
+            self._tell_missing_gradients()
+        return logged
+
+    def _tell_missing_gradients(self) -> None:
+        trained = ((name, p) for name, p in self.model.policy.named_parameters() if p.requires_grad)
+        missing = [name for name, parameter in trained if parameter.grad is None]
+        if missing and "gradients" not in self._warned:
+            self._warned.add("gradients")
+            algo = type(self.model).__name__
+            warn_user(f"no gradient histograms of {', '.join(missing)}: {algo} leaves no gradient there")
 
     # --- what others may log ------------------------------------------------------------------------------------------
 
@@ -307,17 +317,20 @@ class WandbCallback(BaseCallback):
             place = [part for part in (self.run.entity, self.run.project) if part]
             self._set_on_model(wandb_artifact=f"{'/'.join([*place, name])}:{version}")
             about = {"algo": type(self.model).__name__, "step": self.steps, **plain(metadata or {})}
-            artifact = wandb.Artifact(name, type="model", metadata=about)
-            if path is None:
-                path = Path(folder) / "model.zip"
-                self.model.save(path)
-            artifact.add_file(str(path), name="model.zip")
-            normalize = self.model.get_vec_normalize_env()
-            if normalize is not None:
-                normalize.save(str(Path(folder) / "vecnormalize.pkl"))
-                artifact.add_file(str(Path(folder) / "vecnormalize.pkl"), name="vecnormalize.pkl")
+            artifact = model_artifact(name, about, self._files(Path(folder), path))
             run, names = self.run, [*aliases, version]
             self._uploads.start(lambda: run.log_artifact(artifact, aliases=names), self._warn)
+
+    def _files(self, folder: Path, model: str | Path | None) -> dict[str, Path]:
+        """Name in the artifact → file; what does not exist is written to the folder."""
+        files = {"model.zip": Path(model or folder / "model.zip")}
+        if model is None:
+            self.model.save(files["model.zip"])
+        normalize = self.model.get_vec_normalize_env()
+        if normalize is not None:
+            files["vecnormalize.pkl"] = folder / "vecnormalize.pkl"
+            normalize.save(str(files["vecnormalize.pkl"]))
+        return files
 
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """
@@ -368,6 +381,16 @@ class WandbCallback(BaseCallback):
             self._uploads.wait()
             if run is not None and is_own(run):
                 end(run, exit_code)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps. Arguments are those of the program that continues."""
+        return {"best_mean_reward": float(self._best), "n_dumps": self._n_dumps, "n_calls": self.n_calls}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        :param state: of :meth:`state_dict`
+        """
+        self._best, self._n_dumps, self.n_calls = (state[name] for name in ("best_mean_reward", "n_dumps", "n_calls"))
 
     @contextmanager
     def _training_goes_on(self) -> Iterator[None]:

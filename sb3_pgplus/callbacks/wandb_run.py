@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from numbers import Number
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ __all__ = [
     "as_wandb_value",
     "begin",
     "end",
-    "histogram",
+    "histograms",
     "is_own",
+    "model_artifact",
     "uploads_of",
     "wandb",
 ]
@@ -161,11 +163,28 @@ def as_wandb_value(value: Any) -> Any:
     return wandb.Image(value.image) if isinstance(value, Image) else None
 
 
-def histogram(values: th.Tensor) -> Any:
+def histograms(kind: str, tensors: Iterable[tuple[str, th.Tensor]]) -> dict[str, Any]:
     """
-    :param values: of any shape
-    :return: W&B's histogram of the finite ones, None if there are none
+    :param kind: first part of their names
+    :param tensors: name → tensor of any shape
+    :return: name → W&B's histogram of the finite values; none where there are no finite ones
     """
-    array = values.detach().float().cpu().numpy().ravel()
-    array = array[np.isfinite(array)]
-    return wandb.Histogram(np_histogram=np.histogram(array, bins=64)) if array.size else None
+    found = {}
+    for name, tensor in tensors:
+        values = tensor.detach().float().cpu().numpy().ravel()
+        values = values[np.isfinite(values)]
+        if values.size:
+            found[f"{kind}/{name}"] = wandb.Histogram(np_histogram=np.histogram(values, bins=64))
+    return found
+
+
+def model_artifact(name: str, metadata: dict[str, Any], files: Mapping[str, Path]) -> Any:
+    """
+    :param name: of the artifact
+    :param metadata: about the model
+    :param files: name in the artifact → file
+    """
+    artifact = wandb.Artifact(name, type="model", metadata=metadata)
+    for inside, path in files.items():
+        artifact.add_file(str(path), name=inside)
+    return artifact
