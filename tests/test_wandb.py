@@ -1,8 +1,7 @@
 """
 WandbCallback with the real W&B in offline mode: what is in its files afterwards, and what happens when it fails.
 
-Without a server there is no test of what only a server does: that a resumed run's old rows are known, and that an
-artifact is declared as used.
+Online there is a stand-in for the server, which keeps no artifacts: using one is asked for, and that is all.
 """
 
 import csv
@@ -30,6 +29,7 @@ from stable_baselines3.common.logger import CSVOutputFormat, Logger
 from stable_baselines3.common.vec_env import VecNormalize
 from typer.testing import CliRunner
 from wandb_files import OfflineRun, offline_runs
+from wandb_server import Server
 
 from sb3_pgplus import PPOPlus, TRPOPlus, make_vec_env
 from sb3_pgplus.callback_tree import callbacks_in
@@ -649,6 +649,78 @@ def test_training_goes_on_when_the_process_of_wandb_dies(tmp_path: Path) -> None
     done = run_program(tmp_path, "kill")
     assert done.returncode == 0 and "killed\ntrained 512" in done.stdout, done.stderr
     assert len(re.findall("UserWarning: Weights & Biases: ", done.stderr)) == 1
+
+
+# --- online, with a stand-in for the server ---------------------------------------------------------------------------
+
+
+def online(server: Server, folder: Path, **settings: Any) -> WandbCallback:
+    """Settings that W&B has from its environment otherwise."""
+    own = {"base_url": server.url, "api_key": "a" * 40, "init_timeout": 60, "finish_timeout": 30}
+    own |= {"x_disable_meta": True, "x_disable_stats": True}
+    init_kwargs = {"dir": str(folder), "settings": wandb.Settings(**own | settings)}
+    return WandbCallback("p", entity="me", mode="online", init_kwargs=init_kwargs)
+
+
+def test_a_resumed_run_gets_only_rows_that_the_server_does_not_have(tmp_path: Path) -> None:
+    model = model_on(**CONSTANT)
+    with Server() as server:
+        callback = online(server, tmp_path)
+        model.learn(2 * STEPS, callback=callback)
+        model.save(tmp_path / "checkpoint.zip")
+        model.learn(2 * STEPS, callback=callback, reset_num_timesteps=False)
+        callback.finish(255)
+        loaded = PPOPlus.load(tmp_path / "checkpoint.zip", env=make_vec_env("CartPole-v1", n_envs=2), device="cpu")
+        again = online(server, tmp_path)
+        loaded.learn(3 * STEPS, callback=again, reset_num_timesteps=False)
+        assert again.run.resumed
+        again.finish()
+    assert server.rows.keys() == {model.wandb_run_id}
+    rows = server.rows[model.wandb_run_id]
+    assert [row["global_step"] for row in rows] == [128, 256, 384, 512, 640]
+    assert server.exit_codes[model.wandb_run_id] == 0
+
+
+def test_a_new_run_with_a_loaded_model_asks_for_the_artifact_it_comes_from(tmp_path: Path) -> None:
+    with Server() as server:
+        model = model_on()
+        first = online(server, tmp_path)
+        model.learn(STEPS, callback=first)
+        first.finish()
+        model.save(tmp_path / "model.zip")
+        loaded = PPOPlus.load(tmp_path / "model.zip", env=make_vec_env("CartPole-v1", n_envs=2), device="cpu")
+        second = online(server, tmp_path)
+        loaded.learn(STEPS, callback=second)
+        second.finish()
+    origin = {"entity": "me", "project": "p", "name": f"model-{model.wandb_run_id}:step-128"}
+    assert ("ArtifactMembershipByName", origin) in server.asked
+    made = [variables["input"] for name, variables in server.asked if name == "CreateArtifact"]
+    assert [{entry["alias"] for entry in artifact["aliases"]} for artifact in made] == [{"latest", "step-128"}] * 2
+
+
+def test_a_network_that_goes_away_does_not_hold_up_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server().__enter__()
+
+    class Cutting(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 100:
+                server.__exit__()
+            return True
+
+    monkeypatch.setattr("sb3_pgplus.callbacks.wandb_run.UPLOAD_TIMEOUT", 1.0)
+    model, callback = model_on(), online(server, tmp_path, finish_timeout=2)
+    callback.model_freq = STEPS  # the question about an artifact is one that W&B repeats for a minute
+    callback.start(model)
+    began = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # W&B's answer to the upload may come in time, or not
+        model.learn(5 * STEPS, callback=[Cutting(), callback])
+    assert model.num_timesteps == 5 * STEPS and time.monotonic() - began < 30
+    callback.finish()
+    [file] = tmp_path.rglob("run-*/run-*.wandb")
+    assert steps_of(OfflineRun(file)) == [128, 256, 384, 512, 640]  # for `wandb sync`
 
 
 # --- command line, examples, neighbours -------------------------------------------------------------------------------

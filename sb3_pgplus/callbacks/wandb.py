@@ -169,7 +169,8 @@ class WandbCallback(BaseCallback):
         """A run that goes on from the model of another run has that as its input; offline, W&B cannot know it."""
         origin = getattr(self.model, "wandb_artifact", None)
         if origin is not None and not run.offline and not run.disabled:
-            self._uploads.start(lambda: run.use_artifact(origin, type="model"), self._warn)
+            # It may never have got there, or be gone: that is not worth a warning.
+            self._uploads.start(lambda: run.use_artifact(origin, type="model"), lambda error: None)
 
     def _describe(self) -> None:
         config = describe_training(self.model) | plain(self.config)
@@ -378,9 +379,10 @@ class WandbCallback(BaseCallback):
         """
         run, self.run = self.run, None
         with self._training_goes_on():
-            self._uploads.wait()
             if run is not None and is_own(run):
                 end(run, exit_code)
+            else:
+                self._uploads.wait()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps. Arguments are those of the program that continues."""
