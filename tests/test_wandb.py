@@ -446,6 +446,21 @@ def test_histograms_of_parameters_and_gradients_count_every_value(tmp_path: Path
     assert not any("parameters" in name or "gradients" in name for name in rows[1])
 
 
+@pytest.mark.slow  # it compiles
+def test_gradients_of_a_compiled_update_are_those_of_the_eager_one(tmp_path: Path) -> None:
+    rows = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        model, callback = model_on(compile=compiled), tracked(folder, histograms="gradients", histogram_freq=1)
+        model.learn(2 * STEPS, callback=callback)
+        assert ("update: compiled" in model.engine_report()) == compiled, model.engine_report()
+        rows.append(written(folder, callback).rows[1])
+    for name, parameter in model_on().policy.named_parameters():
+        eager, found = (row[f"gradients/{name}/bins"] for row in rows)
+        assert found == pytest.approx(eager, rel=1e-3, abs=1e-6)
+        assert sum(rows[1][f"gradients/{name}/values"]) == parameter.numel()
+
+
 @pytest.mark.parametrize(("which", "other"), [("parameters", "gradients"), ("gradients", "parameters")])
 def test_one_kind_of_histograms(which: str, other: str, tmp_path: Path) -> None:
     callback = tracked(tmp_path, histograms=which, histogram_freq=1)
