@@ -28,7 +28,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback,
 from stable_baselines3.common.logger import CSVOutputFormat, Logger
 from stable_baselines3.common.vec_env import VecNormalize
 from typer.testing import CliRunner
-from wandb_files import OfflineRun, offline_runs
+from wandb_files import OfflineRun, offline_runs, records
 from wandb_server import Server
 
 from sb3_pgplus import PPOPlus, TRPOPlus, make_vec_env
@@ -224,6 +224,18 @@ def test_a_run_that_the_user_has_begun_is_used_and_left_open(tmp_path: Path) -> 
     run = written(tmp_path)
     assert run.run.project == "mine" and run.config["note"] == "kept" and run.config["algo"] == "PPOPlus"
     assert [row.get("after") for row in run.rows] == [None, 1] and len(run.models) == 1
+
+
+def test_rows_are_on_the_disk_before_the_run_ends(tmp_path: Path) -> None:
+    """So that a process that is killed has not been tracked in vain."""
+    callback = tracked(tmp_path)
+    model_on().learn(2 * STEPS, callback=callback)
+    [file] = tmp_path.rglob("offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 8  # W&B's own interval is 15 seconds
+    while len([record for record in records(file) if record.HasField("history")]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    callback.finish()
 
 
 def test_a_disabled_run_leaves_nothing(tmp_path: Path) -> None:

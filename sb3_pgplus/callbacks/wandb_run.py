@@ -32,8 +32,9 @@ __all__ = [
     "wandb",
 ]
 
-#: Seconds that the end of a run waits for a server that does not answer. What is on disk then is for `wandb sync`.
-FINISH_TIMEOUT = 600.0
+#: Seconds. The end of a run does not wait for ever for a server that does not answer: what is on the disk is for
+#: `wandb sync`. And of a process that is killed the disk has all but the last second (by default, fifteen).
+SETTINGS = {"finish_timeout": 600.0, "x_transaction_log_flush_interval": 1.0}
 UPLOAD_TIMEOUT = 60.0
 
 
@@ -98,7 +99,8 @@ def begin(run_id: str | None, arguments: Mapping[str, Any], on_error: Callable[[
     :param arguments: of ``wandb.init``
     :param on_error: told why it is offline, and what that means
     """
-    arguments = {"settings": wandb.Settings(finish_timeout=FINISH_TIMEOUT)} | dict(arguments)
+    known = {name: value for name, value in SETTINGS.items() if name in wandb.Settings.model_fields}
+    arguments = {"settings": wandb.Settings(**known)} | dict(arguments)
     if run_id is not None:
         arguments |= {"id": run_id, "resume": "allow"}
     try:
