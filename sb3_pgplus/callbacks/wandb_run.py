@@ -100,7 +100,7 @@ def begin(run_id: str | None, arguments: Mapping[str, Any], on_error: Callable[[
     :param on_error: told why it is offline, and what that means
     """
     known = {name: value for name, value in SETTINGS.items() if name in wandb.Settings.model_fields}
-    arguments = {"settings": wandb.Settings(**known)} | dict(arguments)
+    arguments = {"settings": known} | dict(arguments)
     if run_id is not None:
         arguments |= {"id": run_id, "resume": "allow"}
     try:
