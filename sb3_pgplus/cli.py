@@ -60,6 +60,7 @@ Backend = Annotated[
     typer.Option("--backend", help="Runs the environments: auto, dummy, subproc, workers, mujoco, gymnasium, envpool."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
+Project = Annotated[str, typer.Option("--project", envvar="WANDB_PROJECT", help="Of Weights & Biases.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -96,6 +97,13 @@ def train(
     progress: Progress = True,
     eval_episodes: Annotated[int, typer.Option("--eval-episodes", min=0, help="Evaluation at the end.")] = 10,
     verbose: Annotated[int, typer.Option("--verbose", min=0, max=2, help="From 1 on: SB3's tables as well.")] = 0,
+    track: Annotated[
+        bool, typer.Option("--track", help="Track in Weights & Biases; WANDB_MODE=offline for `wandb sync` later.")
+    ] = False,
+    project: Project = "sb3_pgplus",
+    entity: Annotated[str | None, typer.Option("--entity", help="User or team of Weights & Biases.")] = None,
+    group: Annotated[str | None, typer.Option("--group", help="Of runs, such as the seeds of an experiment.")] = None,
+    tags: Annotated[str | None, typer.Option("--tags", help="Of the run, separated by commas.")] = None,
     debug: Debug = False,
 ) -> None:
     """Train an agent; leaves a run folder with model, config, metrics and learning curve."""
@@ -122,6 +130,14 @@ def train(
             verbose=verbose,
             progress=progress,
             eval_episodes=eval_episodes,
+            tracking={
+                "project": project,
+                "entity": entity,
+                "group": group,
+                "tags": [tag.strip() for tag in (tags or "").split(",") if tag.strip()],
+            }
+            if track
+            else None,
             console=console,
         )
         _report(run, console)
@@ -296,7 +312,7 @@ def tune(
     dashboard: Annotated[bool, typer.Option("--dashboard", help="Only serve optuna-dashboard on the storage.")] = False,
     port: Annotated[int, typer.Option("--port", help="Of the dashboard.")] = 8080,
     track: Annotated[bool, typer.Option("--track", help="One run in Weights & Biases for each trial.")] = False,
-    project: Annotated[str, typer.Option("--project", help="Of Weights & Biases.")] = "sb3_pgplus",
+    project: Project = "sb3_pgplus",
     n_envs: NumEnvs = None,
     backend: Backend = None,
     config: Config = None,

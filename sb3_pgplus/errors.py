@@ -44,4 +44,4 @@ def warn_user(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-_LIBRARIES = ("sb3_pgplus", "stable_baselines3")
+_LIBRARIES = ("sb3_pgplus", "stable_baselines3", "contextlib")

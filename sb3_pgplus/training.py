@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -35,6 +35,9 @@ from sb3_pgplus.reporting.learning_curve import Episodes, plot_learning_curve
 from sb3_pgplus.reporting.progress_bar import EpisodeRecorder, TrainingProgress
 from sb3_pgplus.run_folder import RunFolder, check_unused, create_run_folder, package_versions
 from sb3_pgplus.vec_env import backend_of
+
+if TYPE_CHECKING:
+    from sb3_pgplus.callbacks.wandb import WandbCallback
 
 #: A longer run logs every few iterations.
 MOST_ROWS = 500
@@ -66,6 +69,7 @@ def train(
     verbose: int = 0,
     progress: bool = False,
     eval_episodes: int = 10,
+    tracking: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> FinishedRun:
     """
@@ -78,6 +82,7 @@ def train(
     :param verbose: as SB3's; from 1 on its tables are printed as well
     :param progress: draw a progress bar
     :param eval_episodes: length of the evaluation at the end, 0 for none
+    :param tracking: arguments of :class:`sb3_pgplus.callbacks.WandbCallback`; None: no tracking
     :param console: where to report to, by default nowhere
     :raises ConfigError: if the settings are impossible, before anything is written
     :raises TrainingError: if training itself raises; then no model is left, and ``error.txt`` says why
@@ -85,15 +90,19 @@ def train(
     console = console or Console(quiet=True)
     if out is not None:
         check_unused(out)
+    tracker = None if tracking is None else _tracker(tracking, settings)
     env = make_environments(settings.environment, n_envs=settings.n_envs, seed=settings.seed, backend=settings.backend)
     try:
         model = build_model(settings, env, device=device, verbose=verbose)
         folder = create_run_folder(out, algo=settings.algo, env=settings.environment.env, seed=settings.seed)
         folder.write_config(run_config(settings, model))
         console.print(start_panel(settings, model, folder))
+        if tracker is not None:
+            tracker.init_kwargs["dir"] = str(folder.path)
+            tracker.start(model)
         start = time.perf_counter()
         with torch_threads(env.observation_space, num_threads):
-            episodes, interrupted = _learn(model, settings, folder, console if progress else None)
+            episodes, interrupted = _learn(model, settings, folder, console if progress else None, tracker)
         seconds = time.perf_counter() - start
     finally:
         env.close()
@@ -103,6 +112,10 @@ def train(
     if eval_episodes and not interrupted:
         evaluation = evaluate(model, settings.environment, n_episodes=eval_episodes, backend=settings.backend)
         write_atomically(folder.evaluation, yaml.safe_dump(evaluation.summary(), sort_keys=False).encode())
+    if tracker is not None:
+        summary = {} if evaluation is None else evaluation.summary()
+        tracker.log_summary({f"evaluation/{name}": value for name, value in summary.items()})
+        tracker.finish(255 if interrupted else 0)  # 255: "killed", unless `learn` has told it already
     return FinishedRun(model, folder, episodes, seconds, interrupted, evaluation)
 
 
@@ -222,7 +235,11 @@ class _StandardOutput:
 
 
 def _learn(
-    model: PolicyGradientPlus[Any], settings: RunSettings, folder: RunFolder, console: Console | None
+    model: PolicyGradientPlus[Any],
+    settings: RunSettings,
+    folder: RunFolder,
+    console: Console | None,
+    tracker: WandbCallback | None,
 ) -> tuple[Episodes, bool]:
     """Train; an interruption ends it in good order, anything else is written down and leaves no model."""
     recorder = EpisodeRecorder(folder.episodes)
@@ -231,7 +248,8 @@ def _learn(
     model.set_logger(logger)
     interrupted = False
     try:
-        callbacks: list[BaseCallback] = [recorder, bar] if bar else [recorder]
+        # The tracker is the last one, so that it sees what the others have logged and saved.
+        callbacks: list[BaseCallback] = [callback for callback in (recorder, bar, tracker) if callback is not None]
         model.learn(settings.n_timesteps, callback=callbacks, log_interval=rows_between(model, settings.n_timesteps))
     except KeyboardInterrupt:
         interrupted = True
@@ -244,6 +262,15 @@ def _learn(
             bar.close()
         logger.close()
     return recorder.episodes, interrupted
+
+
+def _tracker(tracking: Mapping[str, Any], settings: RunSettings) -> WandbCallback:
+    try:
+        from sb3_pgplus.callbacks.wandb import WandbCallback
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    name = f"{settings.algo}-{settings.environment.env}-seed{settings.seed}"
+    return WandbCallback(**{"name": name, "config": settings.environment.settings(), **tracking})
 
 
 def rows_between(model: PolicyGradientPlus[Any], n_timesteps: int) -> int:

@@ -18,7 +18,9 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def run(name: str, *arguments: str, cwd: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    # Without the variable by which a program would find a service of W&B that this process has started.
+    own = {variable: value for variable, value in os.environ.items() if variable != "WANDB_SERVICE"}
+    environment = own | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         cwd=cwd,
@@ -43,6 +45,7 @@ def load(name: str) -> Any:
 
 def test_every_example_has_a_test() -> None:
     tested = set(re.findall(r"run\(\s*\"(\w+\.py)\"", Path(__file__).read_text(encoding="utf-8")))
+    tested.add("wandb_sweep.py")  # in test_wandb.py: what W&B's agent does has to be done for it
     assert tested == {path.name for path in EXAMPLES.glob("*.py")}
 
 
@@ -110,6 +113,16 @@ def test_custom_policy_keeps_its_networks_and_statistics_in_the_zip(tmp_path: Pa
     assert "NormalizedLayerNormPolicy" in output and "WithSquares" in output
     before, after = re.findall(r"\[[^\[\]]+\]", output.splitlines()[-1])
     assert before == after
+
+
+def test_training_with_tracking_leaves_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    output = run("train_and_track.py", "--timesteps", "4096", "--out", "best", cwd=tmp_path)
+    found = re.search(r"best mean return \d+\.\d, run (\w+)", output)
+    assert found and list(tmp_path.glob(f"wandb/offline-run-*/run-{found[1]}.wandb"))
+    assert (tmp_path / "best" / "best_model.zip").is_file()
+    assert len((EXAMPLES / "train_and_track.py").read_text(encoding="utf-8").splitlines()) <= 40
 
 
 def test_tuning_with_plain_optuna_names_the_best(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
     frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
     | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "sampling"})
-    | frozenset({"tracing", "vec_env", "statistics", "processes"}),
+    | frozenset({"callback_tree", "tracing", "vec_env", "statistics", "processes"}),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"}),  # parts of on_policy
     frozenset({"on_policy"}),
     frozenset({"a2c", "ppo", "trpo"}),
