@@ -32,7 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
     frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
     | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "sampling"})
-    | frozenset({"tracing", "vec_env"}),
+    | frozenset({"tracing", "vec_env", "serialization", "model_file", "sb3_files"}),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"}),  # parts of on_policy
     frozenset({"on_policy"}),
     frozenset({"a2c", "ppo", "trpo"}),
@@ -49,6 +49,7 @@ DEFAULT_PACKAGES = {
     "torch": "torch",
     "gymnasium": "gymnasium",
     "numpy": "numpy",
+    "cloudpickle": "cloudpickle",
     "typer": "typer",
     "rich": "rich",
     "tqdm": "tqdm",
