@@ -1,5 +1,5 @@
 """
-The command ``sb3-pgplus train|evaluate|enjoy|profile|tune``; ``python -m sb3_pgplus.cli`` is the same.
+The command ``sb3-pgplus train|evaluate|enjoy|profile|tune|convert``; ``python -m sb3_pgplus.cli`` is the same.
 
 Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answers at once.
 """
@@ -359,6 +359,24 @@ def tune(
         )
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Zip file of SB3's PPO, A2C or TRPO; the file is trusted.")],
+    target: Annotated[Path, typer.Argument(help="The new file.")],
+    *,
+    algo: Annotated[str | None, typer.Option("--algo", help="Only where the file does not tell.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Turn a model that SB3 saved into one of ours, which loads without pickle."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.conversion import convert as run_conversion
+
+        pickled = run_conversion(source, target, algo)
+        Console().print(f"Converted: {target}", highlight=False, markup=False, soft_wrap=True)
+        if pickled:
+            _print_error(f"Loading it still asks for trust, because of {', '.join(pickled)}.")
+
+
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
@@ -366,13 +384,14 @@ def tune(
 def _errors_as_one_line(debug: bool) -> Iterator[None]:
     """Turn what a user can put right into one red line; anything else keeps its traceback."""
     from sb3_pgplus.configs import ConfigError
+    from sb3_pgplus.errors import ModelFileError
 
     try:
         yield
     except KeyboardInterrupt:
         _print_error("Interrupted.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    except ConfigError as error:
+    except (ConfigError, ModelFileError) as error:
         _fail(error, EXIT_BAD_INPUT, debug)
     except OSError as error:
         _fail(error, EXIT_FAILED, debug)

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pathlib
+import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ FORMAT = "_sb3_pgplus_format"
 FORMAT_NUMBER = 1
 #: Members may unpack to this many times the file's size (weights hardly shrink), and a little in any case.
 _LARGEST_RATIO, _ALWAYS_ALLOWED = 100, 2**20
+#: A zip file's last record, of which the total number of members is read here.
+_END_RECORD, _IN_ZIP64_RECORD = struct.Struct("<10xH10x"), 0xFFFF
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -61,8 +64,17 @@ class ModelFile:
         entries = {name: entry for name, entry in self.data.items() if name not in replaced}
         pickled = {name: parts for name, entry in entries.items() if (parts := [*pickled_parts(entry, name)])}
         if pickled and not trusted:
-            raise UntrustedModelError(_needs_trust(self.name, pickled))
+            raise UntrustedModelError(self._needs_trust(pickled))
         return {**self._decoded(entries, trusted), **replaced}
+
+    def _needs_trust(self, pickled: Mapping[str, list[str]]) -> str:
+        parts = ", ".join(part for found in pickled.values() for part in found)
+        once = ", or convert it once where you do (`sb3-pgplus convert`)"
+        return (
+            f"{self.name} holds pickles, which can run any code: {parts}. If you trust the file, load it with "
+            f"trusted=True{'' if self.is_ours else once}. Otherwise give these attributes yourself: "
+            f"custom_objects={{{', '.join(f'{attribute!r}: …' for attribute in pickled)}}}"
+        )
 
     def _decoded(self, entries: Mapping[str, Any], trusted: bool) -> dict[str, Any]:
         found = {}
@@ -92,15 +104,6 @@ class ModelFile:
         return archive
 
 
-def _needs_trust(name: str, pickled: Mapping[str, list[str]]) -> str:
-    parts = ", ".join(part for found in pickled.values() for part in found)
-    return (
-        f"{name} holds pickles, which can run any code: {parts}. If you know where the file is from, load it with "
-        "trusted=True. Otherwise give these attributes yourself: "
-        f"custom_objects={{{', '.join(f'{attribute!r}: …' for attribute in pickled)}}}"
-    )
-
-
 def _unreadable(name: str, attribute: str, error: Exception) -> str:
     return (
         f"cannot read `{attribute}` in {name}: {type(error).__name__}: {error}. Give it yourself: "
@@ -127,6 +130,7 @@ def read(source: PathOrFile) -> ModelFile:
             for member in contents:
                 if member.endswith(TENSORS):
                     _check_tensors(contents[member])
+            contents.get(SYSTEM_INFO, b"").decode()
             data = json.loads(contents.pop(DATA, b"{}"))
             if not isinstance(data, dict):
                 raise ValueError(f"its member {DATA!r} is no JSON object")
@@ -147,18 +151,19 @@ def _as_model_file_error(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # zipfile, zlib, json and torch each have their own for a damaged file
         reason = str(error) or type(error).__name__
-        raise ModelFileError(f"{name} is damaged, or no model's zip file: {reason}") from error
+        raise ModelFileError(f"{name} is damaged, or wasn't a zip-file of a model: {reason}") from error
 
 
 def _read_members(archive: zipfile.ZipFile) -> dict[str, bytes]:
     used = [info for info in archive.infolist() if _is_used(info.filename)]
+    for info in archive.infolist():  # a damaged name must not make a member one that is left alone
+        archive.open(info).close()
     for info in used:
         if archive.NameToInfo[info.filename] is not info:
             raise ValueError(f"its member {info.filename!r} is there twice")
         if info.compress_type not in _COMPRESSIONS:
             raise ValueError(f"its member {info.filename!r} is compressed in a way that no model's file is")
-    assert archive.fp is not None  # it is open
-    end = archive.fp.seek(0, os.SEEK_END)
+    end = _checked_end(archive)
     _check_unpacked_size(used, end)
     contents = {info.filename: archive.read(info) for info in used}
     for name, content in contents.items():
@@ -166,6 +171,17 @@ def _read_members(archive: zipfile.ZipFile) -> dict[str, bytes]:
             with zipfile.ZipFile(io.BytesIO(content)) as inner:
                 _check_unpacked_size(inner.infolist(), end)
     return contents
+
+
+def _checked_end(archive: zipfile.ZipFile) -> int:
+    """The file's size; its last record says how many members there are, and damage to the list could have hidden some."""
+    assert archive.fp is not None  # it is open
+    end = archive.fp.seek(0, os.SEEK_END)
+    archive.fp.seek(end - _END_RECORD.size - len(archive.comment))
+    n_members = _END_RECORD.unpack(archive.fp.read(_END_RECORD.size))[0]
+    if n_members != len(archive.infolist()) and n_members != _IN_ZIP64_RECORD:
+        raise ValueError(f"{n_members} members are in it, and {len(archive.infolist())} in its list")
+    return end
 
 
 def _is_used(name: str) -> bool:

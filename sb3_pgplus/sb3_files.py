@@ -72,8 +72,7 @@ def translated(
 
 def _rms_prop(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """SB3's A2C keeps its optimiser's settings as the policy's only."""
-    optimizer_class = policy_kwargs.get("optimizer_class")
     eps = (policy_kwargs.get("optimizer_kwargs") or {}).get("eps")
-    if optimizer_class is th.optim.RMSprop and eps is not None:
+    if policy_kwargs.get("optimizer_class") is th.optim.RMSprop and eps is not None:
         return {"use_rms_prop": True, "rms_prop_eps": eps}
-    return {"use_rms_prop": optimizer_class is not None}
+    return {"use_rms_prop": False}  # Adam, or the class in policy_kwargs

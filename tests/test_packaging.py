@@ -38,6 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"a2c", "ppo", "trpo"}),
     frozenset({FACADE}),
     frozenset({"configs", "environments", "playing", "training", "run_folder", "callbacks", "reporting"})
+    | frozenset({"conversion", "hub"})
     | frozenset({"profiling", "tuning", "zoo", "cli"}),
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
