@@ -28,6 +28,7 @@ PathOrFile = str | pathlib.Path | io.BufferedIOBase
 
 DATA = "data"
 TENSORS = ".pth"
+VARIABLES = "pytorch_variables.pth"
 SYSTEM_INFO = "system_info.txt"
 FORMAT = "_sb3_pgplus_format"
 #: Of files written now; one with a higher number has entries that this version does not know.
@@ -48,6 +49,8 @@ class ModelFile:
     data: dict[str, Any]
     members: dict[str, bytes]
     """State dicts and the system's description, as they are in the file."""
+    variable_names: tuple[str, ...]
+    """Attributes that are tensors themselves, which SB3 puts in place by name."""
     is_ours: bool
     """Whether this package wrote it."""
 
@@ -127,9 +130,8 @@ def read(source: PathOrFile) -> ModelFile:
     try:
         with _as_model_file_error(str(name)), zipfile.ZipFile(file) as archive:
             contents = _read_members(archive)
-            for member in contents:
-                if member.endswith(TENSORS):
-                    _check_tensors(contents[member])
+            tensors = {member: _tensors(contents[member]) for member in contents if member.endswith(TENSORS)}
+            variables = tuple(tensors.get(VARIABLES) or ())
             contents.get(SYSTEM_INFO, b"").decode()
             data = json.loads(contents.pop(DATA, b"{}"))
             if not isinstance(data, dict):
@@ -137,7 +139,7 @@ def read(source: PathOrFile) -> ModelFile:
             number = int(contents.pop(FORMAT, b"0"))
             if number > FORMAT_NUMBER:
                 raise ValueError("a newer version of sb3_pgplus wrote it")
-            return ModelFile(str(name), data, contents, is_ours=number > 0)
+            return ModelFile(str(name), data, contents, variables, is_ours=number > 0)
     finally:
         if not isinstance(source, io.IOBase):
             file.close()
@@ -174,7 +176,7 @@ def _read_members(archive: zipfile.ZipFile) -> dict[str, bytes]:
 
 
 def _checked_end(archive: zipfile.ZipFile) -> int:
-    """The file's size; its last record says how many members there are, and damage to the list could have hidden some."""
+    """The file's size. Its last record says how many members there are: damage to their list could hide some."""
     assert archive.fp is not None  # it is open
     end = archive.fp.seek(0, os.SEEK_END)
     archive.fp.seek(end - _END_RECORD.size - len(archive.comment))
@@ -194,9 +196,12 @@ def _check_unpacked_size(members: list[zipfile.ZipInfo], file_size: int) -> None
         raise ValueError(f"{file_size:,} bytes would unpack to {unpacked:,}, more than any model's do")
 
 
-def _check_tensors(content: bytes) -> None:
-    """Let torch read them as it will again, with nothing but tensors and plain values allowed."""
-    th.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+def _tensors(content: bytes) -> dict[str, Any]:
+    """What SB3 will have torch read again; nothing but tensors and plain values is allowed."""
+    found = th.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if not isinstance(found, dict):
+        raise ValueError(f"a member has a {type(found).__name__} where a state_dict belongs")
+    return found
 
 
 def pickled_attributes(source: PathOrFile) -> list[str]:

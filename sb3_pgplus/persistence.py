@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch as th
-from stable_baselines3.common.save_util import open_path, recursive_getattr
+from stable_baselines3.common.save_util import load_from_zip_file, open_path, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_pgplus.construction import PLUMBING, reject_unknown
@@ -14,6 +14,7 @@ from sb3_pgplus.errors import ModelFileError, UntrustedModelError
 from sb3_pgplus.files import write_atomically
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.model_file import ModelFile, PathOrFile, as_bytes, encode_attributes, read
+from sb3_pgplus.optimizers import check_fits
 from sb3_pgplus.sb3_files import saved_by_sb3, translated
 from sb3_pgplus.serialization import pickled_parts
 
@@ -125,10 +126,16 @@ class Persistence(_Base):
         :param exact_match: ask for all parameters, and no others
         :param device: where to load them
         :raises ModelFileError: if the file is damaged
+        :raises ValueError: if the parameters are not this model's
         """
-        if not isinstance(load_path_or_dict, dict):
-            load_path_or_dict = read(load_path_or_dict).for_sb3()  # type: ignore[assignment]  # open file
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        params: Any = load_path_or_dict
+        if not isinstance(params, dict):
+            _, params, _ = load_from_zip_file(read(params).for_sb3(), load_data=False, device=device)
+        for name in {*params} & {*self._get_torch_save_params()[0]}:
+            optimizer = recursive_getattr(self, name)
+            if isinstance(optimizer, th.optim.Optimizer):
+                check_fits(params[name], optimizer)
+        super().set_parameters(params, exact_match, device)
 
     @classmethod
     def load(
@@ -171,6 +178,8 @@ class Persistence(_Base):
             model = super().load(archive, env, device, attributes, print_system_info, force_reset, **kwargs)
         except KeyError as error:
             raise ModelFileError(f"{file.name} is not complete: {error}") from error
+        if undeclared := set(file.variable_names) - set(model._get_torch_save_params()[1]):
+            raise ModelFileError(f"{file.name} sets {undeclared}, which are no tensors that this class saves")
         for name, value in held.items():
             model._keep_or_refuse(name, value)
         return model

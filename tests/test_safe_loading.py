@@ -455,6 +455,7 @@ HARMLESS = ("_stable_baselines3_version", "data.pkl", "code.py")
 IN_DATA = [place for place in bombs(Bomb("x")) if place.startswith("data: ")]
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 @pytest.mark.parametrize("place", bombs(Bomb("x")))
 def test_a_pickle_anywhere_runs_nothing_without_trust(place, tiny_file, tmp_path):
     path, trace = tmp_path / "model.zip", tmp_path / "bomb"
@@ -474,6 +475,7 @@ def test_a_pickle_anywhere_runs_nothing_without_trust(place, tiny_file, tmp_path
     assert bool(loaded) == (place in HARMLESS)
 
 
+@pytest.mark.filterwarnings("ignore:cannot read", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("place", IN_DATA)
 def test_the_bombs_are_real(place, tiny_file, tmp_path):
     """With trust they go off, as in SB3, so that the test above says something."""
@@ -517,6 +519,46 @@ def test_a_file_cannot_replace_a_method(name, tiny_file, tmp_path):
     path.write_bytes(tiny_file.read_bytes())
     rewritten(path, {"data": {name: {":type:": "class", "name": "torch.nn.modules.activation.Tanh"}}})
     with pytest.raises(UntrustedModelError, match=f"sets `{name}`"):
+        PPOPlus.load(path, device="cpu", trusted=False)
+
+
+def changed_tensors(path, member, change):
+    with zipfile.ZipFile(path) as archive:
+        tensors = th.load(io.BytesIO(archive.read(member)), weights_only=True)
+    change(tensors)
+    buffer = io.BytesIO()
+    th.save(tensors, buffer)
+    rewritten(path, {member: buffer.getvalue()})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("exp_avg", th.zeros(1)), ("exp_avg_sq", th.zeros(1).expand(2, 4)), ("step", th.zeros(9))],
+    ids=["other shape", "no memory of its own", "step"],
+)
+def test_moments_that_a_kernel_would_write_past_are_refused(name, value, tiny_file, tmp_path):
+    """Torch's fused Adam writes as far as the parameter goes, wherever the moment ends: measured, a broken heap."""
+    path = tmp_path / "model.zip"
+    path.write_bytes(tiny_file.read_bytes())
+    model = PPOPlus("MlpPolicy", "CartPole-v1", **TINY)
+    assert model.policy.mlp_extractor.policy_net[0].weight.shape == (2, 4)
+
+    def put(optimizer):
+        assert optimizer["state"][0]["exp_avg"].shape == (2, 4)
+        optimizer["state"][0][name] = value
+
+    changed_tensors(path, "policy.optimizer.pth", put)
+    for use in (lambda: PPOPlus.load(path, device="cpu", trusted=False), lambda: model.set_parameters(path)):
+        with pytest.raises(ValueError, match=f"`{name}` of parameter 0"):
+            use()
+
+
+def test_a_file_sets_no_tensors_but_those_that_the_class_saves(tiny_file, tmp_path):
+    path = tmp_path / "model.zip"
+    path.write_bytes(tiny_file.read_bytes())
+    variables = {"policy.action_net.weight": th.zeros(1)}
+    changed_tensors(path, "pytorch_variables.pth", lambda saved: saved.update(variables))
+    with pytest.raises(ModelFileError, match=r"policy\.action_net\.weight"):
         PPOPlus.load(path, device="cpu", trusted=False)
 
 
