@@ -1,5 +1,5 @@
 """
-The command ``sb3-pgplus train|evaluate|enjoy|profile|tune|convert``; ``python -m sb3_pgplus.cli`` is the same.
+The command ``sb3-pgplus train|evaluate|enjoy|profile|tune|convert|push``; ``python -m sb3_pgplus.cli`` is the same.
 
 Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answers at once.
 """
@@ -39,6 +39,9 @@ app = typer.Typer(
 )
 
 Run = Annotated[Path, typer.Argument(help="A run folder, or a model's .zip file.", show_default=False)]
+Untrusted = Annotated[
+    bool, typer.Option("--untrusted", help="Run no code from the file; a model that needs its pickles is refused.")
+]
 PlayedEnv = Annotated[str | None, typer.Option("--env", help="Environment; by default the one it was trained in.")]
 PlayedAlgo = Annotated[str | None, typer.Option("--algo", help="Only for a .zip without its config.yml.")]
 PlaySeed = Annotated[int | None, typer.Option("--seed", help="Of the environment; by default a fixed one.")]
@@ -139,6 +142,7 @@ def evaluate(
     env: PlayedEnv = None,
     algo: PlayedAlgo = None,
     backend: Backend = None,
+    untrusted: Untrusted = False,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -148,7 +152,7 @@ def evaluate(
         from sb3_pgplus.playing import EVALUATION_SEED, load_run
         from sb3_pgplus.playing import evaluate as play
 
-        loaded = load_run(run, env=env, algo=algo, device=device)
+        loaded = load_run(run, env=env, algo=algo, device=device, trusted=not untrusted)
         evaluation = play(
             loaded.model,
             loaded.environment,
@@ -173,6 +177,7 @@ def enjoy(
     stochastic: Stochastic = False,
     env: PlayedEnv = None,
     algo: PlayedAlgo = None,
+    untrusted: Untrusted = False,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -181,7 +186,7 @@ def enjoy(
         from sb3_pgplus import playing
 
         console = Console()
-        loaded = playing.load_run(run, env=env, algo=algo, device=device)
+        loaded = playing.load_run(run, env=env, algo=algo, device=device, trusted=not untrusted)
         start = playing.EVALUATION_SEED if seed is None else seed
         if not (record or video) and not playing.has_display():
             console.print("There is no screen to show it on: recording a video instead.")
@@ -375,6 +380,38 @@ def convert(
         Console().print(f"Converted: {target}", highlight=False, markup=False, soft_wrap=True)
         if pickled:
             _print_error(f"Loading it still asks for trust, because of {', '.join(pickled)}.")
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    *,
+    repo: Annotated[str, typer.Option("--repo", help="user/name on the hub; made if it is not there.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only write the folder that would be uploaded.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder of --dry-run; by default hub/ in the run folder.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
+    message: Annotated[str, typer.Option("--message", help="Of the commit.")] = "Upload a model",
+    debug: Debug = False,
+) -> None:
+    """Upload a run to the Hugging Face hub, with a model card."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.configs import ConfigError
+
+        try:
+            from sb3_pgplus import hub
+        except ImportError as error:
+            raise ConfigError(str(error)) from error
+        if dry_run:
+            package = hub.prepare(run, repo, out or run / "hub")
+            what = f"Nothing is uploaded; see {package.folder}"
+        else:
+            address, package = hub.push(run, repo, private=private, message=message)
+            what = f"Uploaded: {address}"
+        if package.pickled:
+            _print_error(f"Loading the model asks for trust, because it holds pickles: {', '.join(package.pickled)}.")
+        Console().print(what, highlight=False, markup=False, soft_wrap=True)
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

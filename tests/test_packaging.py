@@ -62,6 +62,7 @@ OPTIONAL_PACKAGE_OWNERS = {
     "ale_py": (),
     "cv2": (),
     "envpool": ("vec_env",),
+    "huggingface_hub": ("hub",),
     "imageio_ffmpeg": (),
     "jax": ("vec_env",),
     "matplotlib": (),
@@ -79,6 +80,7 @@ OPTIONAL_PACKAGE_OWNERS = {
 #: These cost seconds or need an extra, so they have to wait until they are used.
 HEAVY = (
     "wandb",
+    "huggingface_hub",
     "optuna",
     "plotly",
     "scipy",
