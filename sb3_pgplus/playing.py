@@ -139,8 +139,8 @@ def load_run(
     folders = [RunFolder(folder) for folder in (file.parent, file.parent.parent)]
     config = next((folder.config for folder in folders if folder.config.is_file()), None)
     settings = read_mapping(config) if config else {}
-    if env is not None and env != settings.get("env"):
-        # Wrappers belong to the environment they were written for.
+    if env is not None and (env != settings.get("env") or not trusted):
+        # Wrappers belong to the environment they were written for, and are code.
         spec, backend = EnvironmentSpec(env), "auto"
     elif "env" in settings:
         spec, backend = EnvironmentSpec.from_settings(settings), known_backend(settings.get("backend", "auto"))

@@ -1,5 +1,6 @@
 """Files that SB3's PPO and A2C and sb3-contrib's TRPO saved: whose they are, and their settings as ours."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,6 @@ from sb3_pgplus.errors import ModelFileError
 
 #: Attributes that only this algorithm has among those below it in the list. A file does not say whose it is.
 _MARKS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("RecurrentPPO", frozenset({"_last_lstm_states"})),
     ("TRPO", frozenset({"cg_max_steps"})),
     ("PPO", frozenset({"clip_range", "n_epochs"})),
     ("A2C", frozenset({"gae_lambda", "n_steps"})),
@@ -55,11 +55,15 @@ def translated(
     saved_by = algorithm_of(attributes)
     if saved_by != algorithm:
         whose = f"of {saved_by}" if saved_by else "neither of this package nor of SB3's PPO, A2C or TRPO"
-        right = f": load it with {saved_by}Plus" if saved_by in ("A2C", "PPO", "TRPO") else ""
+        right = f": load it with {saved_by}Plus" if saved_by else ""
         raise ModelFileError(f"{file_name} is a file {whose}, and this class takes those of {algorithm}{right}")
     policy_class = attributes.get("policy_class")
     if not (isinstance(policy_class, type) and issubclass(policy_class, ActorCriticPolicy)):
         raise ModelFileError(f"{file_name} has the policy {policy_class}, which is no ActorCriticPolicy")
+    if "lstm_states" in inspect.signature(policy_class.forward).parameters:
+        raise ModelFileError(
+            f"{file_name} has the policy {policy_class.__name__}, and recurrent ones are not supported"
+        )
     ours = {**preset, **attributes}
     if attributes.get("rollout_buffer_class") in (RolloutBuffer, DictRolloutBuffer):
         ours["rollout_buffer_class"] = None  # what SB3 writes where the user chose none

@@ -26,16 +26,8 @@ from sb3_pgplus.model_file import pickled_attributes
 from sb3_pgplus.playing import EVALUATION_SEED, evaluate, load_run
 
 TRAIN = (
-    "train",
-    "--n-timesteps",
-    "128",
-    "--eval-episodes",
-    "3",
-    "--set",
-    "n_steps=64",
-    "--n-envs",
-    "1",
-    "--no-progress",
+    *("train", "--n-timesteps", "64", "--n-envs", "1", "--no-progress", "--eval-episodes", "3"),
+    *("--set", "n_steps=64", "--set", "batch_size=64", "--set", "n_epochs=1"),
 )
 ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "plain": ("--env", "CartPole-v1", "--set", "clip_range=0.3"),
@@ -153,7 +145,7 @@ def rate(progress: float) -> float:
 
 def test_a_model_with_code_inside_says_so_on_the_card_and_on_the_console(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert command(*TRAIN, "--algo", "a2cplus", "--env", "CartPole-v1", "--out", run).exit_code == 0
+    assert command(*TRAIN[:8], "--algo", "a2cplus", "--env", "CartPole-v1", "--out", run).exit_code == 0
     A2CPlus.load(run / "model.zip", learning_rate=rate).save(run / "model.zip")
     assert pickled_attributes(run / "model.zip")
     done = command("push", run, "--repo", "me/agent", "--dry-run")
@@ -209,7 +201,11 @@ class Hub(BaseHTTPRequestHandler):
         answers: dict[str, Any] = {
             "/api/repos/create": {"url": address, "id": "me/agent"},
             "/api/validate-yaml": {"errors": [], "warnings": []},
-            "/api/models/me/agent/commit/main": {"success": True, "commitOid": "0" * 40, "commitUrl": f"{address}/c"},
+            "/api/models/me/agent/commit/main": {
+                "success": True,
+                "commitOid": "0" * 40,
+                "commitUrl": f"{address}/commit/{0:040}",
+            },
         }
         if self.path.endswith("/preupload/main"):
             files = [

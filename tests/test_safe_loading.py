@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from sb3_contrib import TRPO
+from sb3_contrib import TRPO, MaskablePPO, RecurrentPPO
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -757,6 +758,15 @@ def test_another_algorithm_s_file_is_refused_by_name(stock, ours, message, tmp_p
     stock("MlpPolicy", "CartPole-v1", device="cpu").save(tmp_path / "sb3.zip")
     with pytest.raises(ModelFileError, match=f"sb3.zip is {message}|sb3.zip is a file {message}"):
         ours.load(tmp_path / "sb3.zip", device="cpu")
+
+
+def test_policies_that_need_more_than_observations_are_refused(tmp_path):
+    RecurrentPPO("MlpLstmPolicy", "CartPole-v1", device="cpu").save(tmp_path / "recurrent.zip")
+    with pytest.raises(ModelFileError, match=r"recurrent\.zip has the policy Recurrent.*not supported"):
+        PPOPlus.load(tmp_path / "recurrent.zip", device="cpu")
+    MaskablePPO("MlpPolicy", InvalidActionEnvDiscrete(), device="cpu").save(tmp_path / "maskable.zip")
+    with pytest.raises(ModelFileError, match=r"maskable\.zip has the policy .*Maskable.*no ActorCriticPolicy"):
+        PPOPlus.load(tmp_path / "maskable.zip", device="cpu")
 
 
 def test_a_file_of_sb3_without_trust_is_refused_with_the_way_to_convert_it(tmp_path):
