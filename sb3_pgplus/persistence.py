@@ -176,8 +176,12 @@ class Persistence(_Base):
         archive = file.for_sb3(attributes)
         try:
             model = super().load(archive, env, device, attributes, print_system_info, force_reset, **kwargs)
-        except KeyError as error:
-            raise ModelFileError(f"{file.name} is not complete: {error}") from error
+        except (ValueError, TypeError):  # which say what is wrong, and where
+            raise
+        except Exception as error:
+            if trusted and not isinstance(error, KeyError):
+                raise
+            raise ModelFileError(f"{file.name} is not complete, or does not fit together: {error}") from error
         if undeclared := set(file.variable_names) - set(model._get_torch_save_params()[1]):
             raise ModelFileError(f"{file.name} sets {undeclared}, which are no tensors that this class saves")
         for name, value in held.items():

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
@@ -388,6 +389,7 @@ def test_extra_members_do_not_disturb_and_open_files_work(tmp_path):
     with zipfile.ZipFile(tmp_path / "checkpoint.zip", "a") as archive:
         archive.writestr("state/rng.json", "{}")
         archive.writestr("state/more.pth", b"not for load")
+        archive.comment = b"a comment behind everything"
     with open(tmp_path / "checkpoint.zip", "rb") as file:
         loaded = PPOPlus.load(file, env=gym.make("CartPole-v1"), device="cpu")
     assert_equal(parameters_of(loaded), parameters_of(model))
@@ -587,6 +589,39 @@ def test_nesting_without_end_is_refused(tiny_file, tmp_path):
         archive.writestr("data", '{"seed": ' + "[" * 100_000 + "]" * 100_000 + "}")
     with pytest.raises(ModelFileError):
         PPOPlus.load(path, device="cpu", trusted=False)
+
+
+def paths_in(value, path=()):
+    """The places of all entries in JSON."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from paths_in(item, (*path, key))
+
+
+STRANGE = [None, True, -1, 1e308, "x", "", [], {}, {"a": 1}, {":type:": "tuple", "items": []}, [[1]]]
+STRANGE += [{":type:": "class", "name": "torch.nn.modules.activation.Tanh"}, {":type:": "x"}]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_settings_of_any_shape_load_or_are_an_error_of_value_or_type(seed, tiny_file, tmp_path):
+    path, chance = tmp_path / "model.zip", random.Random(seed)
+    with zipfile.ZipFile(tiny_file) as archive:
+        original = json.loads(archive.read("data"))
+    refused = 0
+    for place in chance.sample(list(paths_in(original)), 15):
+        *outer, last = place
+        data = copy.deepcopy(original)
+        inner = functools.reduce(lambda entry, key: entry[key], outer, data)
+        inner[last] = chance.choice(STRANGE)
+        path.write_bytes(tiny_file.read_bytes())
+        rewritten(path, {"data": data})
+        try:
+            PPOPlus.load(path, device="cpu", trusted=False)
+        except (ValueError, TypeError) as error:
+            assert str(error)
+            refused += 1
+    assert refused > 3
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
