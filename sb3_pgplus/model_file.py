@@ -49,8 +49,8 @@ class ModelFile:
     data: dict[str, Any]
     members: dict[str, bytes]
     """State dicts and the system's description, as they are in the file."""
-    variable_names: tuple[str, ...]
-    """Attributes that are tensors themselves, which SB3 puts in place by name."""
+    variables: dict[str, Any]
+    """Attributes that are tensors themselves; on the CPU."""
     is_ours: bool
     """Whether this package wrote it."""
 
@@ -131,7 +131,7 @@ def read(source: PathOrFile) -> ModelFile:
         with _as_model_file_error(str(name)), zipfile.ZipFile(file) as archive:
             contents = _read_members(archive)
             tensors = {member: _tensors(contents[member]) for member in contents if member.endswith(TENSORS)}
-            variables = tuple(tensors.get(VARIABLES) or ())
+            contents.pop(VARIABLES, None)
             contents.get(SYSTEM_INFO, b"").decode()
             data = json.loads(contents.pop(DATA, b"{}"))
             if not isinstance(data, dict):
@@ -139,7 +139,7 @@ def read(source: PathOrFile) -> ModelFile:
             number = int(contents.pop(FORMAT, b"0"))
             if number > FORMAT_NUMBER:
                 raise ValueError("a newer version of sb3_pgplus wrote it")
-            return ModelFile(str(name), data, contents, variables, is_ours=number > 0)
+            return ModelFile(str(name), data, contents, tensors.get(VARIABLES) or {}, is_ours=number > 0)
     finally:
         if not isinstance(source, io.IOBase):
             file.close()

@@ -182,8 +182,7 @@ class Persistence(_Base):
             if trusted and not isinstance(error, KeyError):
                 raise
             raise ModelFileError(f"{file.name} is not complete, or does not fit together: {error}") from error
-        if undeclared := set(file.variable_names) - set(model._get_torch_save_params()[1]):
-            raise ModelFileError(f"{file.name} sets {undeclared}, which are no tensors that this class saves")
+        model._set_variables(file)
         for name, value in held.items():
             model._keep_or_refuse(name, value)
         return model
@@ -208,9 +207,17 @@ class Persistence(_Base):
             names_a_module = name == "env" or (name == "rollout_buffer_class" and isinstance(value, str))
             if names_a_module or callable(getattr(cls, name, None)):
                 raise UntrustedModelError(
-                    f"{file.name} sets `{name}` to {value!r}, which only a file that you trust may do: load it with "
-                    f"trusted=True, or give the attribute yourself: custom_objects={{{name!r}: …}}"
+                    f"{file.name} sets `{name}` to {value!r:.80}, which only a file that you trust may do: load it "
+                    f"with trusted=True, or give the attribute yourself: custom_objects={{{name!r}: …}}"
                 )
+
+    def _set_variables(self, file: ModelFile) -> None:
+        """What SB3 would do for any name in the file."""
+        if undeclared := file.variables.keys() - self._get_torch_save_params()[1]:
+            raise ModelFileError(f"{file.name} sets {undeclared}, which are no tensors that this class saves")
+        for name, value in file.variables.items():
+            if value is not None:
+                recursive_getattr(self, name).data = value.data.to(self.device)
 
     def _keep_or_refuse(self, name: str, value: Any) -> None:
         saved = getattr(self, name)

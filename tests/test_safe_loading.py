@@ -565,6 +565,28 @@ def test_a_file_sets_no_tensors_but_those_that_the_class_saves(tiny_file, tmp_pa
         PPOPlus.load(path, device="cpu", trusted=False)
 
 
+class WithTemperature(PPOPlus):
+    """Stands for an algorithm with a tensor of its own, as SB3's SAC has one."""
+
+    def _setup_model(self):
+        super()._setup_model()
+        self.temperature = th.zeros(1, requires_grad=True)
+
+    def _excluded_save_params(self):
+        return [*super()._excluded_save_params(), "temperature"]
+
+    def _get_torch_save_params(self):
+        return super()._get_torch_save_params()[0], ["temperature"]
+
+
+def test_tensors_that_a_class_saves_by_name_travel(tmp_path):
+    model = WithTemperature("MlpPolicy", "CartPole-v1", **TINY)
+    model.temperature.data += 3
+    model.save(tmp_path / "model.zip")
+    loaded = WithTemperature.load(tmp_path / "model.zip", device="cpu", trusted=False)
+    assert loaded.temperature.requires_grad and loaded.temperature.item() == 3
+
+
 def test_a_file_that_would_unpack_to_many_times_its_size_is_refused(tiny_file, tmp_path):
     path = tmp_path / "model.zip"
     path.write_bytes(tiny_file.read_bytes())
