@@ -1,6 +1,7 @@
 """Studies on real storages with tiny trainings: what workers share, what survives, what is ranked and left behind."""
 
 import csv
+import glob
 import json
 import os
 import random
@@ -27,6 +28,7 @@ optuna = pytest.importorskip("optuna")
 pytest.importorskip("scipy")
 pytest.importorskip("plotly")
 
+from browser import complaints, foreign_requests, opened  # noqa: E402
 from optuna.trial import TrialState  # noqa: E402
 
 from sb3_pgplus import PPOPlus, make_vec_env  # noqa: E402
@@ -436,7 +438,9 @@ def free_port() -> int:
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A PostgreSQL server of our own; it refuses to run as root, so then it runs as `nobody`."""
     pytest.importorskip("psycopg")
-    initdb, server = shutil.which("initdb"), shutil.which("postgres")
+    # Debian keeps the server's programs out of the path.
+    path = os.pathsep.join([os.environ["PATH"], *sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)])
+    initdb, server = shutil.which("initdb", path=path), shutil.which("postgres", path=path)
     if not (initdb and server):
         pytest.skip("there is no PostgreSQL server on this machine (initdb and postgres)")
     as_nobody = ["runuser", "-u", "nobody", "--"] if os.geteuid() == 0 else []
@@ -735,6 +739,23 @@ def test_the_command_leaves_settings_that_train_a_table_and_a_page_that_needs_no
     assert result.exit_code == 0, result.output
     config = yaml.safe_load((tmp_path / "run" / "config.yml").read_text(encoding="utf-8"))
     assert config.items() >= {name: value for name, value in best.items() if name != "made_with"}.items()
+
+
+def test_the_page_shows_its_plots_in_a_browser_without_a_network(
+    small_space: Path, tmp_path: Path, pretend: Any
+) -> None:
+    pretend(lambda settings, seed: settings.get("gae_lambda", 0.95) + seed % 7)
+    result = tune(tiny(small_space, n_trials=12, top=2), journal(tmp_path), "study")
+    write_results(result, tmp_path)
+    with opened(tmp_path / "report.html") as driver:
+        plots = driver.find_elements("css selector", ".plotly-graph-div")
+        drawn = driver.find_elements("css selector", ".plotly-graph-div .main-svg")
+        assert len(plots) == 5  # history, importances, slices, parallel coordinates, timeline
+        assert {svg.find_element("xpath", "ancestor::*[contains(@class, 'plotly-graph-div')]").id for svg in drawn} == {
+            plot.id for plot in plots
+        }
+        assert complaints(driver) == [] and foreign_requests(driver) == []
+        assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_a_missing_package_is_named_with_the_extra_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
