@@ -40,9 +40,12 @@ def check_fits(state_dict: Any, optimizer: th.optim.Optimizer) -> None:
     :raises ValueError: naming the parameter's number
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=False):  # torch itself compares how many there are
-        for name, value in state_dict["state"].get(number, {}).items():
+    groups, states = (
+        state_dict.get(part, ()) for part in ("param_groups", "state")
+    )  # a missing one is torch's to tell
+    numbers = [number for group in groups for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=False):  # so is a wrong number of them
+        for name, value in states[number].items() if number in states else ():
             if not isinstance(value, th.Tensor) or name not in (*_PER_ELEMENT, "step"):
                 continue
             expected = th.Size() if name == "step" else parameter.shape
