@@ -1,5 +1,5 @@
 """
-The command ``sb3-pgplus train|evaluate|enjoy|profile|tune|benchmark``; ``python -m sb3_pgplus.cli`` is the same.
+The command ``sb3-pgplus train|evaluate|enjoy|profile|tune|benchmark|convert|push|…``; ``python -m sb3_pgplus.cli`` is the same.
 
 Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answers at once.
 """
@@ -39,6 +39,9 @@ app = typer.Typer(
 )
 
 Run = Annotated[Path, typer.Argument(help="A run folder, or a model's .zip file.", show_default=False)]
+Untrusted = Annotated[
+    bool, typer.Option("--untrusted", help="Run no code from the file; a model that needs its pickles is refused.")
+]
 PlayedEnv = Annotated[str | None, typer.Option("--env", help="Environment; by default the one it was trained in.")]
 PlayedAlgo = Annotated[str | None, typer.Option("--algo", help="Only for a .zip without its config.yml.")]
 PlaySeed = Annotated[int | None, typer.Option("--seed", help="Of the environment; by default a fixed one.")]
@@ -155,6 +158,7 @@ def evaluate(
     env: PlayedEnv = None,
     algo: PlayedAlgo = None,
     backend: Backend = None,
+    untrusted: Untrusted = False,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -164,7 +168,7 @@ def evaluate(
         from sb3_pgplus.playing import EVALUATION_SEED, load_run
         from sb3_pgplus.playing import evaluate as play
 
-        loaded = load_run(run, env=env, algo=algo, device=device)
+        loaded = load_run(run, env=env, algo=algo, device=device, trusted=not untrusted)
         evaluation = play(
             loaded.model,
             loaded.environment,
@@ -189,6 +193,7 @@ def enjoy(
     stochastic: Stochastic = False,
     env: PlayedEnv = None,
     algo: PlayedAlgo = None,
+    untrusted: Untrusted = False,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -197,7 +202,7 @@ def enjoy(
         from sb3_pgplus import playing
 
         console = Console()
-        loaded = playing.load_run(run, env=env, algo=algo, device=device)
+        loaded = playing.load_run(run, env=env, algo=algo, device=device, trusted=not untrusted)
         start = playing.EVALUATION_SEED if seed is None else seed
         if not (record or video) and not playing.has_display():
             console.print("There is no screen to show it on: recording a video instead.")
@@ -431,6 +436,56 @@ def benchmark(
         raise typer.Exit(EXIT_FAILED)
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Zip file of SB3's PPO, A2C or TRPO; the file is trusted.")],
+    target: Annotated[Path, typer.Argument(help="The new file.")],
+    *,
+    algo: Annotated[str | None, typer.Option("--algo", help="Only where the file does not tell.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Turn a model that SB3 saved into one of ours, which loads without pickle."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.conversion import convert as run_conversion
+
+        pickled = run_conversion(source, target, algo)
+        Console().print(f"Converted: {target}", highlight=False, markup=False, soft_wrap=True)
+        if pickled:
+            _print_error(f"Loading it still asks for trust, because of {', '.join(pickled)}.")
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    *,
+    repo: Annotated[str, typer.Option("--repo", help="user/name on the hub; made if it is not there.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only write the folder that would be uploaded.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder of --dry-run; by default hub/ in the run folder.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
+    message: Annotated[str, typer.Option("--message", help="Of the commit.")] = "Upload a model",
+    debug: Debug = False,
+) -> None:
+    """Upload a run to the Hugging Face hub, with a model card."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.configs import ConfigError
+
+        try:
+            from sb3_pgplus import hub
+        except ImportError as error:
+            raise ConfigError(str(error)) from error
+        if dry_run:
+            package = hub.prepare(run, repo, out or run / "hub")
+            what = f"Nothing is uploaded; see {package.folder}"
+        else:
+            address, package = hub.push(run, repo, private=private, message=message)
+            what = f"Uploaded: {address}"
+        if package.pickled:
+            _print_error(f"Loading the model asks for trust, because it holds pickles: {', '.join(package.pickled)}.")
+        Console().print(what, highlight=False, markup=False, soft_wrap=True)
+
+
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
@@ -438,13 +493,14 @@ def benchmark(
 def _errors_as_one_line(debug: bool) -> Iterator[None]:
     """Turn what a user can put right into one red line; anything else keeps its traceback."""
     from sb3_pgplus.configs import ConfigError
+    from sb3_pgplus.errors import ModelFileError
 
     try:
         yield
     except KeyboardInterrupt:
         _print_error("Interrupted.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    except ConfigError as error:
+    except (ConfigError, ModelFileError) as error:
         _fail(error, EXIT_BAD_INPUT, debug)
     except OSError as error:
         _fail(error, EXIT_FAILED, debug)

@@ -32,12 +32,14 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
     frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
     | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "sampling"})
-    | frozenset({"callback_tree", "tracing", "vec_env", "statistics", "processes"}),
+    | frozenset({"callback_tree", "tracing", "vec_env", "statistics", "processes"})
+    | frozenset({"serialization", "model_file", "sb3_files"}),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"}),  # parts of on_policy
     frozenset({"on_policy"}),
     frozenset({"a2c", "ppo", "trpo"}),
     frozenset({FACADE}),
     frozenset({"configs", "environments", "playing", "training", "run_folder", "callbacks", "reporting"})
+    | frozenset({"conversion", "hub"})
     | frozenset({"profiling", "tuning", "zoo", "cli", "benchmarking"}),
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
@@ -49,6 +51,7 @@ DEFAULT_PACKAGES = {
     "torch": "torch",
     "gymnasium": "gymnasium",
     "numpy": "numpy",
+    "cloudpickle": "cloudpickle",
     "typer": "typer",
     "rich": "rich",
     "tqdm": "tqdm",
@@ -60,6 +63,7 @@ OPTIONAL_PACKAGE_OWNERS = {
     "ale_py": (),
     "cv2": (),
     "envpool": ("vec_env",),
+    "huggingface_hub": ("hub",),
     "imageio_ffmpeg": (),
     "jax": ("vec_env",),
     "matplotlib": (),
@@ -77,6 +81,7 @@ OPTIONAL_PACKAGE_OWNERS = {
 #: These cost seconds or need an extra, so they have to wait until they are used.
 HEAVY = (
     "wandb",
+    "huggingface_hub",
     "optuna",
     "plotly",
     "scipy",
