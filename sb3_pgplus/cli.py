@@ -1,5 +1,5 @@
 """
-The command ``sb3-pgplus train|evaluate|enjoy|profile|tune|benchmark|convert|push|…``; ``python -m sb3_pgplus.cli`` is the same.
+The command ``sb3-pgplus`` with its subcommands; ``python -m sb3_pgplus.cli`` is the same.
 
 Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answers at once.
 """
