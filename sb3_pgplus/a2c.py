@@ -8,6 +8,7 @@ import torch as th
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.type_aliases import MaybeCallback
 
+from sb3_pgplus import presets
 from sb3_pgplus.buffers import RolloutSamples
 from sb3_pgplus.core import losses
 from sb3_pgplus.hparams import A2CHparams, PolicyGradientHparams
@@ -23,6 +24,8 @@ class A2CPlus(PolicyGradientPlus[A2CHparams]):
     """A2C. Every hyperparameter is declared in :class:`sb3_pgplus.hparams.A2CHparams`."""
 
     hparams_class = A2CHparams
+    sb3_name = "A2C"
+    sb3_preset = presets.SB3_A2C
     # SB3's order of positional arguments.
     positional: ClassVar[tuple[str, ...]] = (
         "learning_rate",

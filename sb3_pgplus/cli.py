@@ -1,5 +1,6 @@
 """
 The command ``sb3-pgplus train|evaluate|enjoy|profile|plot|report|tune``; ``python -m sb3_pgplus.cli`` is the same.
+The command ``sb3-pgplus`` with its subcommands; ``python -m sb3_pgplus.cli`` is the same.
 
 Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answers at once.
 """
@@ -39,6 +40,9 @@ app = typer.Typer(
 )
 
 Run = Annotated[Path, typer.Argument(help="A run folder, or a model's .zip file.", show_default=False)]
+Untrusted = Annotated[
+    bool, typer.Option("--untrusted", help="Run no code from the file; a model that needs its pickles is refused.")
+]
 PlayedEnv = Annotated[str | None, typer.Option("--env", help="Environment; by default the one it was trained in.")]
 PlayedAlgo = Annotated[str | None, typer.Option("--algo", help="Only for a .zip without its config.yml.")]
 PlaySeed = Annotated[int | None, typer.Option("--seed", help="Of the environment; by default a fixed one.")]
@@ -60,6 +64,7 @@ Backend = Annotated[
     typer.Option("--backend", help="Runs the environments: auto, dummy, subproc, workers, mujoco, gymnasium, envpool."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
+Project = Annotated[str, typer.Option("--project", envvar="WANDB_PROJECT", help="Of Weights & Biases.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -100,6 +105,13 @@ def train(
     ] = None,
     eval_video: Annotated[bool, typer.Option("--eval-video", help="A video of each of these evaluations.")] = False,
     verbose: Annotated[int, typer.Option("--verbose", min=0, max=2, help="From 1 on: SB3's tables as well.")] = 0,
+    track: Annotated[
+        bool, typer.Option("--track", help="Track in Weights & Biases; WANDB_MODE=offline for `wandb sync` later.")
+    ] = False,
+    project: Project = "sb3_pgplus",
+    entity: Annotated[str | None, typer.Option("--entity", help="User or team of Weights & Biases.")] = None,
+    group: Annotated[str | None, typer.Option("--group", help="Of runs, such as the seeds of an experiment.")] = None,
+    tags: Annotated[str | None, typer.Option("--tags", help="Of the run, separated by commas.")] = None,
     debug: Debug = False,
 ) -> None:
     """Train an agent; leaves a run folder with model, config, metrics and learning curve."""
@@ -128,6 +140,14 @@ def train(
             eval_episodes=eval_episodes,
             eval_freq=eval_freq,
             eval_video=eval_video,
+            tracking={
+                "project": project,
+                "entity": entity,
+                "group": group,
+                "tags": [tag.strip() for tag in (tags or "").split(",") if tag.strip()],
+            }
+            if track
+            else None,
             console=console,
         )
         _report(run, console)
@@ -145,6 +165,7 @@ def evaluate(
     env: PlayedEnv = None,
     algo: PlayedAlgo = None,
     backend: Backend = None,
+    untrusted: Untrusted = False,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -155,7 +176,7 @@ def evaluate(
         from sb3_pgplus.playing import evaluate as play
         from sb3_pgplus.playing import load_run
 
-        loaded = load_run(run, env=env, algo=algo, device=device)
+        loaded = load_run(run, env=env, algo=algo, device=device, trusted=not untrusted)
         evaluation = play(
             loaded.model,
             loaded.environment,
@@ -180,6 +201,7 @@ def enjoy(
     stochastic: Stochastic = False,
     env: PlayedEnv = None,
     algo: PlayedAlgo = None,
+    untrusted: Untrusted = False,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -189,7 +211,7 @@ def enjoy(
         from sb3_pgplus.evaluation import EVALUATION_SEED
 
         console = Console()
-        loaded = playing.load_run(run, env=env, algo=algo, device=device)
+        loaded = playing.load_run(run, env=env, algo=algo, device=device, trusted=not untrusted)
         start = EVALUATION_SEED if seed is None else seed
         if not (record or video) and not playing.has_display():
             console.print("There is no screen to show it on: recording a video instead.")
@@ -342,7 +364,7 @@ def tune(
     dashboard: Annotated[bool, typer.Option("--dashboard", help="Only serve optuna-dashboard on the storage.")] = False,
     port: Annotated[int, typer.Option("--port", help="Of the dashboard.")] = 8080,
     track: Annotated[bool, typer.Option("--track", help="One run in Weights & Biases for each trial.")] = False,
-    project: Annotated[str, typer.Option("--project", help="Of Weights & Biases.")] = "sb3_pgplus",
+    project: Project = "sb3_pgplus",
     n_envs: NumEnvs = None,
     backend: Backend = None,
     config: Config = None,
@@ -405,6 +427,112 @@ def tune(
         )
 
 
+@app.command()
+def benchmark(
+    *,
+    suite: Annotated[str, typer.Option("--suite", help="mujoco, sb3, classic or ablation.")] = "mujoco",
+    algos: Annotated[str | None, typer.Option("--algos", help="Some of the suite's, with commas; see --list.")] = None,
+    envs: Annotated[str | None, typer.Option("--envs", help="Some of the suite's tasks, with commas.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="10 (the first ten), 0-2 or 0,3; by default the suite's.")
+    ] = None,
+    steps: Annotated[
+        float | None, typer.Option("--steps", help="Of a training; results of another length have their own folder.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Trainings side by side; by default one for each processor.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Folder of the results; by default benchmarks/results/suite.")
+    ] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Show what is stored and what is missing.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Make runs anew that have other settings.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Tables and figures of the stored runs; no training.")] = False,
+    figures: Annotated[bool, typer.Option("--figures/--no-figures", help="With --table: draw the figures.")] = True,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Markdown file for them; by default docs/results.md, if it is there.")
+    ] = None,
+    progress: Progress = True,
+    debug: Debug = False,
+) -> None:
+    """Learning curves of many tasks and seeds, with statistics; a stopped suite continues."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.benchmarking import command
+        from sb3_pgplus.benchmarking.suites import parse_seeds, plan
+        from sb3_pgplus.configs import whole_number
+        from sb3_pgplus.vec_env.common import usable_cpus
+
+        console, folder = Console(), store or command.STORE
+        if table:
+            command.write_tables(folder, page, with_figures=figures, console=console)
+            return
+        runs = plan(
+            suite,
+            algos=command.names(algos),
+            envs=command.names(envs),
+            seeds=None if seeds is None else parse_seeds(seeds),
+            n_timesteps=None if steps is None else whole_number("steps", steps),
+        )
+        if show_list:
+            console.print(command.plan_table(runs, folder))
+            return
+        outcome = command.run(
+            runs, folder, jobs=jobs or usable_cpus(), replace=replace, progress=progress, console=console
+        )
+    if outcome.failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Zip file of SB3's PPO, A2C or TRPO; the file is trusted.")],
+    target: Annotated[Path, typer.Argument(help="The new file.")],
+    *,
+    algo: Annotated[str | None, typer.Option("--algo", help="Only where the file does not tell.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Turn a model that SB3 saved into one of ours, which loads without pickle."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.conversion import convert as run_conversion
+
+        pickled = run_conversion(source, target, algo)
+        Console().print(f"Converted: {target}", highlight=False, markup=False, soft_wrap=True)
+        if pickled:
+            _print_error(f"Loading it still asks for trust, because of {', '.join(pickled)}.")
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    *,
+    repo: Annotated[str, typer.Option("--repo", help="user/name on the hub; made if it is not there.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only write the folder that would be uploaded.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder of --dry-run; by default hub/ in the run folder.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
+    message: Annotated[str, typer.Option("--message", help="Of the commit.")] = "Upload a model",
+    debug: Debug = False,
+) -> None:
+    """Upload a run to the Hugging Face hub, with a model card."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.configs import ConfigError
+
+        try:
+            from sb3_pgplus import hub
+        except ImportError as error:
+            raise ConfigError(str(error)) from error
+        if dry_run:
+            package = hub.prepare(run, repo, out or run / "hub")
+            what = f"Nothing is uploaded; see {package.folder}"
+        else:
+            address, package = hub.push(run, repo, private=private, message=message)
+            what = f"Uploaded: {address}"
+        if package.pickled:
+            _print_error(f"Loading the model asks for trust, because it holds pickles: {', '.join(package.pickled)}.")
+        Console().print(what, highlight=False, markup=False, soft_wrap=True)
+
+
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
@@ -412,13 +540,14 @@ def tune(
 def _errors_as_one_line(debug: bool) -> Iterator[None]:
     """Turn what a user can put right into one red line; anything else keeps its traceback."""
     from sb3_pgplus.configs import ConfigError
+    from sb3_pgplus.errors import ModelFileError
 
     try:
         yield
     except KeyboardInterrupt:
         _print_error("Interrupted.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    except ConfigError as error:
+    except (ConfigError, ModelFileError) as error:
         _fail(error, EXIT_BAD_INPUT, debug)
     except OSError as error:
         _fail(error, EXIT_FAILED, debug)

@@ -37,6 +37,7 @@ def make_environments(
     backend: str = "auto",
     render_mode: str | None = None,
     outer_wrapper: Wrapper | None = None,
+    n_threads: int | None = None,
 ) -> VecEnv:
     """
     Build ``n_envs`` copies, each in a ``Monitor``, then in the configuration's wrappers.
@@ -47,6 +48,7 @@ def make_environments(
     :param backend: what runs them, see :func:`sb3_pgplus.vec_env.make_vec_env`
     :param render_mode: ``"human"`` or ``"rgb_array"``, by default SB3's choice
     :param outer_wrapper: one more wrapper around each copy
+    :param n_threads: of the simulation, where the backend has some
     :raises ConfigError: if the environment is unknown, needs a package that is missing or refuses its arguments
     """
     if backend != "envpool":  # which has its own
@@ -61,7 +63,15 @@ def make_environments(
     env_kwargs = spec.env_kwargs | ({"render_mode": render_mode} if render_mode else {})
     wrapper_class = wrap if wrappers else None
     try:
-        env = make_vec_env(spec.env, n_envs, seed, env_kwargs=env_kwargs, wrapper_class=wrapper_class, backend=backend)
+        env = make_vec_env(
+            spec.env,
+            n_envs,
+            seed,
+            env_kwargs=env_kwargs,
+            wrapper_class=wrapper_class,
+            backend=backend,
+            n_threads=n_threads,
+        )
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         advice = installation_advice(spec.env)
         raise ConfigError(f"{spec.env} needs a package that is missing: {one_line(error)}; {advice}") from error

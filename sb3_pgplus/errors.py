@@ -32,6 +32,14 @@ class WorkerError(RuntimeError):
     """An environment in a worker process raised an error, took too long, or ended its process."""
 
 
+class ModelFileError(ValueError):
+    """A saved model's file that is damaged, no model's, or another algorithm's; the message names the file."""
+
+
+class UntrustedModelError(ModelFileError):
+    """A saved model that cannot be loaded with ``trusted=False``; the message names the attributes that need trust."""
+
+
 def warn_user(message: str) -> None:
     """
     Warn, naming the line of the user's code that led here instead of one of ours or SB3's.
@@ -44,4 +52,4 @@ def warn_user(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-_LIBRARIES = ("sb3_pgplus", "stable_baselines3")
+_LIBRARIES = ("sb3_pgplus", "stable_baselines3", "contextlib")

@@ -29,6 +29,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.buffers import RolloutEnd, TorchRolloutBuffer
 from sb3_pgplus.building import ModelBuilding, normalized_outside
+from sb3_pgplus.callback_tree import tell_failure
 from sb3_pgplus.construction import PLUMBING, bind, signature_of
 from sb3_pgplus.engine import Engine
 from sb3_pgplus.errors import HyperparameterError, warn_user
@@ -208,7 +209,8 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         Train for at least ``total_timesteps`` environment steps (whole rollouts).
 
         :param total_timesteps: a number ≥ 0, ``1e6`` is fine
-        :param callback: called at every step and around rollouts
+        :param callback: called at every step and around rollouts; one that has a method ``on_training_failure(error)``
+            is told when an error, or Ctrl-C, ends the training
         :param log_interval: iterations between two logs; None: never
         :param tb_log_name: name of the TensorBoard run; None: the class's name
         :param reset_num_timesteps: count steps (and run schedules) from 0 again
@@ -221,7 +223,11 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         if not reset_num_timesteps:
             self._warn_about_short_learns()
         name = tb_log_name or type(self).__name__
-        super().learn(steps, callback, cast(int, log_interval), name, reset_num_timesteps, progress_bar)
+        try:
+            super().learn(steps, callback, cast(int, log_interval), name, reset_num_timesteps, progress_bar)
+        except BaseException as error:
+            tell_failure(callback, error)
+            raise
         self._merge_observations(self.rollout_buffer)
         return self
 

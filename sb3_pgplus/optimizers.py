@@ -24,6 +24,39 @@ def fuse(optimizer: th.optim.Optimizer) -> None:
             group["fused"] = True
 
 
+#: What torch's optimisers keep for each element of a parameter.
+_PER_ELEMENT = frozenset(
+    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "momentum_buffer", "sum"}
+)
+
+
+def check_fits(state_dict: Any, optimizer: th.optim.Optimizer) -> None:
+    """
+    Check that moments have the shapes of their parameters. Torch does not, and its fused kernels, told to go through a
+    parameter, would write behind the end of a smaller tensor.
+
+    :param state_dict: of an optimiser, from a file
+    :param optimizer: what it shall be loaded into
+    :raises ValueError: naming the parameter's number
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups, states = (
+        state_dict.get(part, ()) for part in ("param_groups", "state")
+    )  # a missing one is torch's to tell
+    numbers = [number for group in groups for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=False):  # so is a wrong number of them
+        for name, value in states[number].items() if number in states else ():
+            if not isinstance(value, th.Tensor) or name not in (*_PER_ELEMENT, "step"):
+                continue
+            expected = th.Size() if name == "step" else parameter.shape
+            plain = value.layout == th.strided and value.is_contiguous()
+            if value.shape != expected or not (plain or value.stride() == parameter.stride()):
+                raise ValueError(
+                    f"`{name}` of parameter {number} in the optimiser's state has the shape {tuple(value.shape)} with "
+                    f"strides {value.stride() if value.layout == th.strided else None}, where {tuple(expected)} belongs"
+                )
+
+
 def drop_gradients(optimizer: th.optim.Optimizer) -> None:
     """Set all gradients to None, which makes optimisers leave parameters alone; a lean ``zero_grad``."""
     for group in optimizer.param_groups:

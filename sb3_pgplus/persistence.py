@@ -1,17 +1,22 @@
 """The part of the base class that saves and loads."""
 
 import inspect
-import io
 import pathlib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.type_aliases import GymEnv
+import torch as th
+from stable_baselines3.common.save_util import load_from_zip_file, open_path, recursive_getattr
+from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_pgplus.construction import PLUMBING, reject_unknown
+from sb3_pgplus.errors import ModelFileError, UntrustedModelError
 from sb3_pgplus.files import write_atomically
 from sb3_pgplus.hparams import PolicyGradientHparams
+from sb3_pgplus.model_file import ModelFile, PathOrFile, as_bytes, encode_attributes, read
+from sb3_pgplus.optimizers import check_fits
+from sb3_pgplus.sb3_files import saved_by_sb3, translated
+from sb3_pgplus.serialization import pickled_parts
 
 if TYPE_CHECKING:  # a mix-in of one class: let the type checker see what it is mixed into
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm as _Base
@@ -47,6 +52,9 @@ class Persistence(_Base):
     """SB3's zip files, written whole or not at all, with the normalisation statistics inside."""
 
     hparams_class: type[PolicyGradientHparams]
+    #: The stock algorithm whose files can be loaded, and its defaults in our names.
+    sb3_name: ClassVar[str]
+    sb3_preset: ClassVar[Mapping[str, Any]]
     normalize_value_targets: bool
     _normalizes_rewards: bool | None
 
@@ -75,58 +83,141 @@ class Persistence(_Base):
 
     def save(
         self,
-        path: str | pathlib.Path | io.BufferedIOBase,
+        path: PathOrFile,
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
         """
         Save the model, its optimiser and its normalisation statistics in one zip file.
 
-        The file is written beside its place and renamed, so an interrupted save leaves the old one.
+        The file is written beside its place and renamed, so an interrupted save leaves the old one. It holds a pickle
+        only where you have put in a class or function of your own; with ``verbose=1`` saving says where.
 
         :param path: where to, ``.zip`` is added if the name has no suffix; or a file opened for writing
         :param exclude: names of attributes to leave out
         :param include: names of attributes to keep that would be left out
+        :raises TypeError: naming an attribute that cannot be saved
         """
+        state_dict_names, variable_names = self._get_torch_save_params()
+        left_out = {name.split(".")[0] for name in (*state_dict_names, *variable_names)}
+        left_out |= {*(exclude or ()), *self._excluded_save_params()} - {*(include or ())}
+        entries = encode_attributes({name: value for name, value in self.__dict__.items() if name not in left_out})
+        variables = {name: recursive_getattr(self, name) for name in variable_names}
+        content = as_bytes(entries, self.get_parameters(), variables)
+        pickled = [part for name, entry in entries.items() for part in pickled_parts(entry, name)]
+        if pickled and self.verbose >= 1:
+            print(f"Loading {path} will ask for trust, because it holds pickles: {', '.join(pickled)}")
         if not isinstance(path, (str, pathlib.Path)) or pathlib.Path(path).is_dir():
-            super().save(path, exclude, include)  # nothing to rename, or SB3's rule for folders
+            file = open_path(path, "w", suffix="zip")  # nothing to rename, or SB3's rule for folders
+            file.write(content)
+            if file is not path:
+                file.close()
             return
-        archive = io.BytesIO()
-        super().save(archive, exclude, include)
         target = pathlib.Path(path)
-        write_atomically(target if target.suffix else target.with_name(f"{target.name}.zip"), archive.getvalue())
+        write_atomically(target if target.suffix else target.with_name(f"{target.name}.zip"), content)
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Put parameters in place, as SB3 does; a file of SB3's will do, too, and no pickle in it is loaded.
+
+        :param load_path_or_dict: a model's file, or name → ``state_dict``
+        :param exact_match: ask for all parameters, and no others
+        :param device: where to load them
+        :raises ModelFileError: if the file is damaged
+        :raises ValueError: if the parameters are not this model's
+        """
+        params: Any = load_path_or_dict
+        if not isinstance(params, dict):
+            _, params, _ = load_from_zip_file(read(params).for_sb3(), load_data=False, device=device)
+        for name in {*params} & {*self._get_torch_save_params()[0]}:
+            optimizer = recursive_getattr(self, name)
+            if isinstance(optimizer, th.optim.Optimizer):
+                check_fits(params[name], optimizer)
+        super().set_parameters(params, exact_match, device)
 
     @classmethod
     def load(
-        cls, path: str | pathlib.Path | io.BufferedIOBase, env: GymEnv | None = None, *args: Any, **kwargs: Any
+        cls,
+        path: PathOrFile,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        *,
+        trusted: bool = True,
+        **kwargs: Any,
     ) -> Self:
         """
-        Load a model. Arguments are those of SB3's ``load``; hyperparameters may be changed by keyword.
+        Load a model; hyperparameters may be changed by keyword. Files of the stock algorithm are continued as it would.
 
         :param path: file name, with or without ``.zip``, or an open file
         :param env: environment to continue on; None suffices to predict
+        :param device: where the networks shall be
+        :param custom_objects: attribute → value to take instead of the file's, whatever that is
+        :param print_system_info: print what the file was saved on, and what it is loaded on
+        :param force_reset: reset the environments before training goes on
+        :param trusted: False: load no pickle and import nothing that the file names; a file that needs it is refused
+        :param kwargs: hyperparameters and other constructor arguments that shall be different
         :raises TypeError: on an unknown keyword
         :raises ValueError: on a value that is not allowed, or that cannot change after construction
+        :raises ModelFileError: (a ValueError) on a file that is damaged or another algorithm's
+        :raises UntrustedModelError: (a ModelFileError) on one that cannot be loaded with ``trusted=False``
         """
+        held = cls._checked_changes(env, kwargs)
+        file = read(path)
+        attributes = file.attributes(trusted=trusted, custom_objects=custom_objects)
+        if not trusted:
+            cls._refuse_names({name: v for name, v in attributes.items() if name not in (custom_objects or {})}, file)
+        if not file.is_ours and saved_by_sb3(file.data):
+            attributes = translated(attributes, cls.sb3_name, cls.sb3_preset, file.name)
+        archive = file.for_sb3(attributes)
+        try:
+            model = super().load(archive, env, device, attributes, print_system_info, force_reset, **kwargs)
+        except (ValueError, TypeError):  # which say what is wrong, and where
+            raise
+        except Exception as error:
+            if trusted and not isinstance(error, KeyError):
+                raise
+            raise ModelFileError(f"{file.name} is not complete, or does not fit together: {error}") from error
+        model._set_variables(file)
+        for name, value in held.items():
+            model._keep_or_refuse(name, value)
+        return model
+
+    @classmethod
+    def _checked_changes(cls, env: GymEnv | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Check what ``load`` shall change; what is compared with the file instead of replacing it comes back."""
         known = [*cls.hparams_class.names(), *PLUMBING, *_LOADABLE, *inspect.signature(cls).parameters]
-        own = inspect.signature(BaseAlgorithm.load).parameters
-        reject_unknown(f"{cls.__name__}.load", [name for name in kwargs if name not in own], known)
+        reject_unknown(f"{cls.__name__}.load", kwargs, known)
         if env is not None and "n_envs" in kwargs:  # the environments decide, as in the constructor
             cls.hparams_class.spec("n_envs").check("n_envs", kwargs.pop("n_envs"), 1.0)
-        # These are compared with what was saved instead of replacing it.
         fixed = {*_FIXED_AT_CONSTRUCTION, "critic_learning_rate"} & {*cls.hparams_class.names()}
         held = {name: kwargs.pop(name) for name in fixed if name in kwargs}
         for name, value in held.items():
             cls.hparams_class.spec(name).check(name, value, 1.0)
-        try:
-            model = super().load(path, env, *args, **kwargs)
-        except RuntimeError as error:
-            if "observation_normalizer" not in str(error):
-                raise
-            raise ValueError(_WITHOUT_NORMALIZER.format(path=path, cls=cls.__name__)) from error
-        for name, value in held.items():
-            model._keep_or_refuse(name, value)
-        return model
+        return held
+
+    @classmethod
+    def _refuse_names(cls, attributes: Mapping[str, Any], file: ModelFile) -> None:
+        """Values without a pickle that would have a module imported or one of our methods replaced."""
+        for name, value in attributes.items():
+            names_a_module = name == "env" or (name == "rollout_buffer_class" and isinstance(value, str))
+            if names_a_module or callable(getattr(cls, name, None)):
+                raise UntrustedModelError(
+                    f"{file.name} sets `{name}` to {value!r:.80}, which only a file that you trust may do: load it "
+                    f"with trusted=True, or give the attribute yourself: custom_objects={{{name!r}: …}}"
+                )
+
+    def _set_variables(self, file: ModelFile) -> None:
+        """What SB3 would do for any name in the file."""
+        if undeclared := file.variables.keys() - self._get_torch_save_params()[1]:
+            raise ModelFileError(f"{file.name} sets {undeclared}, which are no tensors that this class saves")
+        for name, value in file.variables.items():
+            if value is not None:
+                recursive_getattr(self, name).data = value.data.to(self.device)
 
     def _keep_or_refuse(self, name: str, value: Any) -> None:
         saved = getattr(self, name)
@@ -136,9 +227,3 @@ class Persistence(_Base):
             raise ValueError(
                 f"`{name}` is part of the saved model and cannot be changed by load() (from {saved!r} to {value!r})"
             )
-
-
-_WITHOUT_NORMALIZER = (
-    "{path} holds a policy without observation normalisation, as SB3's PPO saves it. Build the model with "
-    "{cls}(policy, env, **presets.SB3_PPO) and call its set_parameters(path)."
-)

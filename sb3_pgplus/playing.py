@@ -21,7 +21,7 @@ from sb3_pgplus.configs import ConfigError, EnvironmentSpec, algorithm_class, kn
 from sb3_pgplus.environments import Wrapper, installation_advice, make_environments, one_line, torch_threads
 from sb3_pgplus.evaluation import EVALUATION_SEED, play_episodes
 from sb3_pgplus.run_folder import RunFolder
-from sb3_pgplus.statistics import interval_of, iqm
+from sb3_pgplus.statistics import iqm, iqm_interval
 from sb3_pgplus.videos import video_writer
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Evaluation:
             "min_return": float(np.min(self.returns)),
             "max_return": float(np.max(self.returns)),
             "iqm_return": iqm(self.returns),
-            "iqm_interval_95": list(interval_of(self.returns)),
+            "iqm_interval_95": list(iqm_interval(self.returns)),
             "mean_length": float(np.mean(self.lengths)),
             "returns": self.returns,
             "lengths": self.lengths,
@@ -131,7 +131,9 @@ class LoadedRun:
     """What ran the environments of the training."""
 
 
-def load_run(path: Path, *, env: str | None = None, algo: str | None = None, device: str = "auto") -> LoadedRun:
+def load_run(
+    path: Path, *, env: str | None = None, algo: str | None = None, device: str = "auto", trusted: bool = True
+) -> LoadedRun:
     """
     Load a run folder or a model file; ``config.yml`` beside the model (or one folder up) says what it is.
 
@@ -139,22 +141,25 @@ def load_run(path: Path, *, env: str | None = None, algo: str | None = None, dev
     :param env: environment to play in, by default the one it was trained in
     :param algo: name of the algorithm, by default the configuration's
     :param device: where the policy runs
+    :param trusted: False: load no pickle, and import nothing that ``config.yml`` names
     :raises ConfigError: if there is no model or it is not known what to do with it
     """
     file = _model_file(path)
     folders = [RunFolder(folder) for folder in (file.parent, file.parent.parent)]
     config = next((folder.config for folder in folders if folder.config.is_file()), None)
     settings = read_mapping(config) if config else {}
-    if env is not None and env != settings.get("env"):
-        # Wrappers belong to the environment they were written for.
+    if env is not None and (env != settings.get("env") or not trusted):
+        # Wrappers belong to the environment they were written for, and are code.
         spec, backend = EnvironmentSpec(env), "auto"
     elif "env" in settings:
         spec, backend = EnvironmentSpec.from_settings(settings), known_backend(settings.get("backend", "auto"))
     else:
         raise ConfigError(f"there is no config.yml beside {file} to say which environment it plays: give --env")
+    if not trusted and env is None and (spec.env_wrapper or ":" in spec.env):
+        raise ConfigError(f"{config} names code to import, {spec.env_wrapper or spec.env}: trust it, or give --env")
     algorithm = algorithm_class(str(algo or settings.get("algo") or "ppoplus"))
     try:
-        model = algorithm.load(file, device=device)
+        model = algorithm.load(file, device=device, trusted=trusted)
     except (ValueError, TypeError, KeyError, RuntimeError, AssertionError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{file} cannot be loaded as {algorithm.__name__}: {error}") from error
     return LoadedRun(model, spec, file, backend)

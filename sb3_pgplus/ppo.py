@@ -9,6 +9,7 @@ from typing import ClassVar, cast
 
 import torch as th
 
+from sb3_pgplus import presets
 from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer
 from sb3_pgplus.compiled_update import Gradient
 from sb3_pgplus.core import losses
@@ -24,6 +25,8 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
     """PPO. Every hyperparameter is declared in :class:`sb3_pgplus.hparams.PPOHparams`."""
 
     hparams_class = PPOHparams
+    sb3_name = "PPO"
+    sb3_preset = presets.SB3_PPO
     # SB3's order of positional arguments.
     positional: ClassVar[tuple[str, ...]] = (
         "learning_rate",

@@ -75,7 +75,8 @@ def as_schedule(name: str, value: Any) -> FloatSchedule:
 
 def describe_schedule(value: Any) -> Any:
     """
-    The inverse of :func:`as_schedule` for the config file: a number or a string where one says it all, else a repr.
+    The inverse of :func:`as_schedule` for the config file: a number or a string where one says it all, else a
+    description.
 
     :param value: number, string or schedule
     :return: number or string
@@ -87,7 +88,16 @@ def describe_schedule(value: Any) -> Any:
     if type(value) in _PREFIXES and getattr(value, "end_fraction", 1.0) == 1.0:
         end = "" if value.end == 0 else f"_{_shortest(value.end)}"
         return f"{_PREFIXES[type(value)]}_{_shortest(value.start)}{end}"
-    return repr(value) if callable(value) else value
+    return _in_words(value) if callable(value) else value
+
+
+def _in_words(schedule: Callable[[float], float]) -> str:
+    """A repr that says something, or name and values at start, middle and end."""
+    text = repr(schedule)
+    if " at 0x" not in text:
+        return text
+    name = getattr(schedule, "__qualname__", type(schedule).__qualname__)
+    return f"{name}: {' → '.join(f'{schedule(progress):g}' for progress in (1.0, 0.5, 0.0))}"
 
 
 def _shortest(number: float) -> str:

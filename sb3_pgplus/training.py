@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -36,6 +36,9 @@ from sb3_pgplus.reporting.learning_curve import Episodes, plot_learning_curve
 from sb3_pgplus.reporting.progress_bar import EpisodeRecorder, TrainingProgress
 from sb3_pgplus.run_folder import RunFolder, check_unused, create_run_folder, package_versions
 from sb3_pgplus.vec_env import backend_of
+
+if TYPE_CHECKING:
+    from sb3_pgplus.callbacks.wandb import WandbCallback
 
 #: A longer run logs every few iterations.
 MOST_ROWS = 500
@@ -69,6 +72,7 @@ def train(
     eval_episodes: int = 10,
     eval_freq: int | None = None,
     eval_video: bool = False,
+    tracking: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> FinishedRun:
     """
@@ -83,6 +87,7 @@ def train(
     :param eval_episodes: length of the evaluation at the end, and of those before; 0 for none
     :param eval_freq: environment steps from one evaluation to the next while training; None: only at the end
     :param eval_video: record the first episode of each of these evaluations
+    :param tracking: arguments of :class:`sb3_pgplus.callbacks.WandbCallback`; None: no tracking
     :param console: where to report to, by default nowhere
     :raises ConfigError: if the settings are impossible, before anything is written
     :raises TrainingError: if training itself raises; then no model is left, and ``error.txt`` says why
@@ -96,6 +101,7 @@ def train(
         check_unused(out)
     if eval_video:
         prepare_offscreen_rendering()
+    tracker = None if tracking is None else _tracker(tracking, settings)
     env = make_environments(settings.environment, n_envs=settings.n_envs, seed=settings.seed, backend=settings.backend)
     try:
         model = build_model(settings, env, device=device, verbose=verbose)
@@ -103,9 +109,12 @@ def train(
         folder.write_config(run_config(settings, model))
         console.print(start_panel(settings, model, folder))
         evaluator = None if eval_freq is None else _evaluator(settings, folder, eval_freq, eval_episodes, eval_video)
+        if tracker is not None:
+            tracker.init_kwargs["dir"] = str(folder.path)
+            tracker.start(model)
         start = time.perf_counter()
         with torch_threads(env.observation_space, num_threads):
-            episodes, interrupted = _learn(model, settings, folder, console if progress else None, evaluator)
+            episodes, interrupted = _learn(model, settings, folder, console if progress else None, evaluator, tracker)
         seconds = time.perf_counter() - start
     finally:
         env.close()
@@ -115,6 +124,10 @@ def train(
     if eval_episodes and not interrupted:
         evaluation = evaluate(model, settings.environment, n_episodes=eval_episodes, backend=settings.backend)
         write_atomically(folder.evaluation, yaml.safe_dump(evaluation.summary(), sort_keys=False).encode())
+    if tracker is not None:
+        summary = {} if evaluation is None else evaluation.summary()
+        tracker.log_summary({f"evaluation/{name}": value for name, value in summary.items()})
+        tracker.finish(255 if interrupted else 0)  # 255: "killed", unless `learn` has told it already
     return FinishedRun(model, folder, episodes, seconds, interrupted, evaluation)
 
 
@@ -252,6 +265,7 @@ def _learn(
     folder: RunFolder,
     console: Console | None,
     evaluator: EvalCallback | None,
+    tracker: WandbCallback | None,
 ) -> tuple[Episodes, bool]:
     """Train; an interruption ends it in good order, anything else is written down and leaves no model."""
     recorder = EpisodeRecorder(folder.episodes)
@@ -260,7 +274,10 @@ def _learn(
     model.set_logger(logger)
     interrupted = False
     try:
-        callbacks: list[BaseCallback] = [callback for callback in (recorder, evaluator, bar) if callback]
+        # The tracker is the last one, so that it sees what the others have logged and saved.
+        callbacks: list[BaseCallback] = [
+            callback for callback in (recorder, evaluator, bar, tracker) if callback is not None
+        ]
         model.learn(settings.n_timesteps, callback=callbacks, log_interval=rows_between(model, settings.n_timesteps))
     except KeyboardInterrupt:
         interrupted = True
@@ -275,6 +292,15 @@ def _learn(
             bar.close()
         logger.close()
     return recorder.episodes, interrupted
+
+
+def _tracker(tracking: Mapping[str, Any], settings: RunSettings) -> WandbCallback:
+    try:
+        from sb3_pgplus.callbacks.wandb import WandbCallback
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    name = f"{settings.algo}-{settings.environment.env}-seed{settings.seed}"
+    return WandbCallback(**{"name": name, "config": settings.environment.settings(), **tracking})
 
 
 def rows_between(model: PolicyGradientPlus[Any], n_timesteps: int) -> int:

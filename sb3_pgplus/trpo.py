@@ -15,6 +15,7 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.preprocessing import get_action_dim
 from torch import nn
 
+from sb3_pgplus import presets
 from sb3_pgplus.buffers import RolloutSamples, map_observations
 from sb3_pgplus.core import losses
 from sb3_pgplus.core.advantages import normalize
@@ -53,6 +54,8 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
     """TRPO. Every hyperparameter is declared in :class:`sb3_pgplus.hparams.TRPOHparams`."""
 
     hparams_class = TRPOHparams
+    sb3_name = "TRPO"
+    sb3_preset = presets.SB3_TRPO
     # sb3-contrib's order of positional arguments.
     positional: ClassVar[tuple[str, ...]] = (
         "learning_rate",

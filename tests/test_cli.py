@@ -507,7 +507,7 @@ def test_without_the_video_package_the_extra_is_named(copied: Path, monkeypatch:
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "enjoy"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "enjoy", "convert", "push"])
 def test_every_option_is_explained(command: str) -> None:
     output = unwrapped(succeed(command, "--help"))
     assert f"{command} [OPTIONS]" in output

@@ -20,7 +20,7 @@ from test_cli import run, same_parameters, succeed
 from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, make_vec_env
 from sb3_pgplus.callbacks import EvalCallback
 from sb3_pgplus.evaluation import play_episodes, random_state_kept
-from sb3_pgplus.statistics import curve_of, interval_of, iqm
+from sb3_pgplus.statistics import iqm, iqm_interval
 
 TINY: dict[str, Any] = {"seed": 0, "device": "cpu", "n_steps": 64}
 TRAIN = ("--n-timesteps", "512", "--n-envs", "2", "--set", "n_steps=64", "--set", "n_epochs=2", "--no-progress")
@@ -130,22 +130,13 @@ def test_the_interquartile_mean_leaves_the_outer_quarters_out() -> None:
 
 def test_the_bootstrap_interval_is_the_range_of_resampled_means() -> None:
     # Of two values a resample's mean is the lower one, the middle or the upper one with 1/4, 1/2, 1/4.
-    assert interval_of([0.0, 1.0]) == (0.0, 1.0)
-    assert interval_of([3.0, 3.0, 3.0]) == (3.0, 3.0)
+    assert iqm_interval([0.0, 1.0]) == (0.0, 1.0)
+    assert iqm_interval([3.0, 3.0, 3.0]) == (3.0, 3.0)
     scores = np.random.default_rng(0).normal(size=4000)
-    low, high = interval_of(scores)
+    low, high = iqm_interval(scores)
     assert low < iqm(scores) < high
     # The IQM of a normal sample has standard error 1.0885/√n, so the interval is ± 1.96 of that.
     assert high - low == pytest.approx(2 * 1.96 * 1.0885 / np.sqrt(4000), rel=0.1)
-
-
-def test_a_curves_points_are_the_statistics_of_each_column() -> None:
-    values = np.random.default_rng(1).normal(size=(5, 130))  # more columns than are resampled at once
-    middle, low, high = curve_of(values)
-    assert middle.tolist() == pytest.approx([iqm(column) for column in values.T])
-    assert (low <= middle).all() and (middle <= high).all()
-    assert (low[0], high[0]) == pytest.approx(interval_of(values[:, 0]), abs=0.15)  # other resamples
-    assert all((part == values[0]).all() for part in curve_of(values[:1]))
 
 
 def test_the_interquartile_mean_is_scipys() -> None:
@@ -267,7 +258,7 @@ def test_its_state_is_plain_and_continues_it(tmp_path: Path) -> None:
     with np.load(tmp_path / "evaluations.npz") as file:
         assert file["timesteps"].tolist() == [200, 400, 600, 800]
         assert (np.diff(file["seconds"]) > 0).all()
-        assert file["iqm_interval_95"].tolist() == [list(interval_of(row)) for row in file["results"]]
+        assert file["iqm_interval_95"].tolist() == [list(iqm_interval(row)) for row in file["results"]]
     assert callback.evaluations_timesteps == [200, 400, 600]  # the lists were copied
     with pytest.raises(ValueError, match="best_mean_reward"):
         other.load_state_dict({"n_calls": 1})

@@ -18,7 +18,9 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def run(name: str, *arguments: str, cwd: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    # Without the variable by which a program would find a service of W&B that this process has started.
+    own = {variable: value for variable, value in os.environ.items() if variable != "WANDB_SERVICE"}
+    environment = own | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         cwd=cwd,
@@ -43,6 +45,7 @@ def load(name: str) -> Any:
 
 def test_every_example_has_a_test() -> None:
     tested = set(re.findall(r"run\(\s*\"(\w+\.py)\"", Path(__file__).read_text(encoding="utf-8")))
+    tested.add("wandb_sweep.py")  # in test_wandb.py: what W&B's agent does has to be done for it
     assert tested == {path.name for path in EXAMPLES.glob("*.py")}
 
 
@@ -112,9 +115,69 @@ def test_custom_policy_keeps_its_networks_and_statistics_in_the_zip(tmp_path: Pa
     assert before == after
 
 
+def test_training_with_tracking_leaves_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    output = run("train_and_track.py", "--timesteps", "4096", "--out", "best", cwd=tmp_path)
+    found = re.search(r"best mean return \d+\.\d, run (\w+)", output)
+    assert found and list(tmp_path.glob(f"wandb/offline-run-*/run-{found[1]}.wandb"))
+    assert (tmp_path / "best" / "best_model.zip").is_file()
+    assert len((EXAMPLES / "train_and_track.py").read_text(encoding="utf-8").splitlines()) <= 40
+
+
 def test_tuning_with_plain_optuna_names_the_best(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     output = run("tune_ppoplus.py", "--timesteps", "640", "--trials", "3", cwd=tmp_path)
     assert re.search(r"3 trials, \d of them pruned", output)
     assert re.search(r"best mean return \d+\.\d with \{'learning_rate': [\d.e-]+, 'one_minus_gamma': ", output)
     assert len((EXAMPLES / "tune_ppoplus.py").read_text(encoding="utf-8").splitlines()) <= 40
+
+
+def test_bias_and_variance_prints_every_estimator_and_draws(tmp_path: Path) -> None:
+    sizes = ("--timesteps", "2048", "--states", "2", "--rollouts", "4", "--gamma", "0.9")
+    output = run("bias_variance.py", "--env", "Pendulum-v1", *sizes, "--figure", "figure.svg", cwd=tmp_path)
+    rows = {line.split("|")[1].strip(): line for line in output.splitlines() if line.startswith("| ")}
+    assert {"GAE, λ = 0.95", "5-step", "Monte Carlo"} <= rows.keys()
+    assert rows["Monte Carlo"].split("|")[2].strip() == "0.00"
+    assert rows["GAE, λ = 0"].split("|")[2:] == rows["1-step"].split("|")[2:]
+    assert (tmp_path / "figure.svg").stat().st_size > 1000
+
+
+def test_bias_and_variance_of_a_chain_of_two_states_are_those_by_hand() -> None:
+    # s0 → s1 → end, rewards 0 and then ±1 with probability 1/2, no discount, critic V(s0) = 3, V(s1) = c = 0.5.
+    # Ψ(λ) = δ0 + λ δ1 with δ0 = c − 3 and δ1 = ±1 − c; Q = 0, so the bias is (1 − λ) c and the variance λ².
+    example, c, m = load("bias_variance.py"), 0.5, 1000
+    final = th.tensor([1.0, -1.0]).repeat(m // 2).double()
+    zeros = th.zeros(m).double()
+    rollouts = example.Rollouts(
+        rewards=th.stack([zeros, final]),
+        values=th.stack([zeros + 3.0, zeros + c]),
+        next_values=th.stack([zeros + c, zeros]),
+        dones=th.stack([zeros, zeros + 1]).bool(),
+    )
+    for name, estimator in example.estimators(1.0).items():
+        gae_lambda = {"Monte Carlo": 1.0, "1-step": 0.0}.get(name, 1.0 if "-step" in name else None)
+        gae_lambda = float(name.rpartition(" ")[2]) if gae_lambda is None else gae_lambda
+        bias_squared, variance = example.bias_and_variance(estimator(rollouts) + 3.0, final)
+        # Of m returns, half of them 1 and half −1, the unbiased variance is m / (m − 1).
+        assert variance == pytest.approx(gae_lambda**2 * m / (m - 1)), name
+        assert bias_squared == pytest.approx((1 - gae_lambda) ** 2 * (c**2 - 1 / (m - 1))), name
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1", "Hopper-v5"])
+def test_bias_and_variance_begins_every_episode_in_the_given_state(env_id: str) -> None:
+    if env_id == "Hopper-v5":
+        pytest.importorskip("mujoco")
+    example = load("bias_variance.py")
+    model = PPOPlus("MlpPolicy", env_id, seed=0, device="cpu")
+    player = example.Player(model, env_id, 3, 0.5)
+    [(state, observation, action)] = player.visited(1, 5, seed=0)
+    rollouts = player.play(state, observation, action)
+    # The same state and action: the same first reward and second state in all copies, and then other actions.
+    for first in (rollouts.rewards[0], rollouts.next_values[0]):
+        assert th.allclose(first, first[0].expand(3))
+    assert rollouts.next_values[2].std() > 1e-4
+    assert player.horizon == 8  # 0.5⁸ is the first power below 0.005
+    weights = 0.5 ** th.arange(8).double()
+    expected = (weights[:, None] * rollouts.rewards).sum(0) + 0.5**8 * rollouts.next_values[-1]
+    assert th.allclose(player.returns(rollouts), expected)

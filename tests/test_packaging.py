@@ -30,16 +30,17 @@ FACADE = "__init__"
 #: From the bottom to the top (docs/design.md). A module may import its own layer and the ones below, never one above.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
-    frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets", "statistics"})
+    frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
     | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "sampling"})
-    | frozenset({"tracing", "vec_env"}),
+    | frozenset({"callback_tree", "tracing", "vec_env", "statistics", "processes"})
+    | frozenset({"serialization", "model_file", "sb3_files"}),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"}),  # parts of on_policy
     frozenset({"on_policy"}),
     frozenset({"a2c", "ppo", "trpo"}),
     frozenset({FACADE}),
     frozenset({"configs", "environments", "evaluation", "playing", "training", "run_folder", "callbacks", "reporting"})
-    | frozenset({"videos"})
-    | frozenset({"profiling", "tuning", "zoo", "cli"}),
+    | frozenset({"conversion", "hub", "videos"})
+    | frozenset({"profiling", "tuning", "zoo", "cli", "benchmarking"}),
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 ALGORITHMS = ("a2c", "ppo", "trpo")
@@ -50,6 +51,7 @@ DEFAULT_PACKAGES = {
     "torch": "torch",
     "gymnasium": "gymnasium",
     "numpy": "numpy",
+    "cloudpickle": "cloudpickle",
     "typer": "typer",
     "rich": "rich",
     "tqdm": "tqdm",
@@ -62,6 +64,7 @@ OPTIONAL_PACKAGE_OWNERS = {
     "ale_py": (),
     "cv2": (),
     "envpool": ("vec_env",),
+    "huggingface_hub": ("hub",),
     "imageio_ffmpeg": (),
     "jax": ("vec_env",),
     "matplotlib": (),
@@ -78,6 +81,7 @@ OPTIONAL_PACKAGE_OWNERS = {
 #: These cost seconds or need an extra, so they have to wait until they are used.
 HEAVY = (
     "wandb",
+    "huggingface_hub",
     "optuna",
     "plotly",
     "scipy",

@@ -10,9 +10,9 @@ import yaml
 from test_cli import run, succeed
 
 from sb3_pgplus.configs import ConfigError
-from sb3_pgplus.reporting.comparison import on_common_points, plot_curves
+from sb3_pgplus.reporting.comparison import band_of, on_common_points, plot_curves
 from sb3_pgplus.reporting.runs import Series, find_runs, grouped, read_metrics, read_run
-from sb3_pgplus.statistics import curve_of
+from sb3_pgplus.statistics import iqm
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SHORT = ("--n-timesteps", "1024", "--set", "n_steps=64", "--no-progress", "--eval-episodes", "3")
@@ -76,9 +76,17 @@ def test_curves_are_compared_where_all_of_them_have_values() -> None:
     points, values = on_common_points([series([0, 100], [0, 100]), series([20, 60], [40, 120])], "steps")
     assert (points[0], points[-1]) == (20, 60)
     assert np.allclose(values[0], points) and np.allclose(values[1], 2 * points)
-    middle, low, high = curve_of(values)
+    middle, low, high = band_of(values)
     assert np.allclose(middle, 1.5 * points)  # of two values no quarter is left out
     assert np.allclose(low, points) and np.allclose(high, 2 * points)
+
+
+def test_a_curves_points_are_the_statistics_of_each_column() -> None:
+    values = np.random.default_rng(1).normal(size=(5, 130))
+    middle, low, high = band_of(values)
+    assert middle.tolist() == pytest.approx([iqm(column) for column in values.T])
+    assert (low <= middle).all() and (middle <= high).all()
+    assert all((part == values[0]).all() for part in band_of(values[:1]))
 
 
 def test_the_time_axis_is_the_seconds_of_the_episodes(runs: Path) -> None:

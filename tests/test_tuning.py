@@ -34,10 +34,10 @@ from optuna.trial import TrialState  # noqa: E402
 from sb3_pgplus import PPOPlus, make_vec_env  # noqa: E402
 from sb3_pgplus.cli import app  # noqa: E402
 from sb3_pgplus.configs import ConfigError, algorithm_class, algorithm_names, resolve_settings  # noqa: E402
+from sb3_pgplus.statistics import iqm, iqm_interval  # noqa: E402
 from sb3_pgplus.tuning import OptunaCallback, TuningPlan, tune  # noqa: E402
 from sb3_pgplus.tuning import objective as objectives  # noqa: E402
 from sb3_pgplus.tuning.plan import FIRST_TEST_SEED  # noqa: E402
-from sb3_pgplus.tuning.ranking import interval_of  # noqa: E402
 from sb3_pgplus.tuning.report import page, write_results  # noqa: E402
 from sb3_pgplus.tuning.spaces import (  # noqa: E402
     SPACES,
@@ -264,7 +264,7 @@ def test_the_score_is_the_interquartile_mean_over_seeds_of_the_last_evaluations_
     run = SeedRun(0, [0.0, 10.0, 20.0, 30.0, 40.0], 1.0, 1.0)
     assert run.score("final") == 30.0  # (20 + 30 + 40) / 3
     assert run.score("auc") == 20.0
-    assert objectives.iqm([0.0, 1.0, 2.0, 3.0, 1000.0]) == 2.0  # a quarter of 5 is 1 at each end
+    assert iqm([0.0, 1.0, 2.0, 3.0, 1000.0]) == 2.0  # a quarter of 5 is 1 at each end
 
 
 def test_a_trial_that_is_worse_with_every_seed_is_given_up_before_the_last_seed(
@@ -693,11 +693,11 @@ def test_the_ranking_is_on_seeds_that_no_trial_of_the_search_has_seen(
 
 def test_the_bootstrap_interval_covers_the_middle_and_shrinks_with_more_seeds() -> None:
     few = [float(x) for x in range(10)]
-    low, high = interval_of(few)
+    low, high = iqm_interval(few)
     assert 0 < low < 4.5 < high < 9
-    more_low, more_high = interval_of(few * 16)
+    more_low, more_high = iqm_interval(few * 16)
     assert more_high - more_low < (high - low) / 2
-    assert interval_of([3.0]) == (3.0, 3.0) and interval_of([2.0, 2.0]) == (2.0, 2.0)
+    assert iqm_interval([3.0]) == (3.0, 3.0) and iqm_interval([2.0, 2.0]) == (2.0, 2.0)
 
 
 def test_the_command_leaves_settings_that_train_a_table_and_a_page_that_needs_no_network(

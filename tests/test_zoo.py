@@ -374,6 +374,37 @@ def test_a_default_vec_env_cls_goes_before_our_vector_environments(tmp_path: Pat
     run_python(tmp_path, "-c", CLASS_OF_THE_USER)
 
 
+MUJOCO = """
+import sys
+for module in {imports}:
+    __import__(module)
+import numpy as np
+from sb3_pgplus.vec_env import backend_of, make_vec_env
+short = {{"max_episode_steps": 5}}
+fast, dummy = (make_vec_env("HalfCheetah-v5", 2, seed=3, env_kwargs=short, backend=b) for b in ("auto", "dummy"))
+assert backend_of(fast) == "mujoco", backend_of(fast)
+np.testing.assert_array_equal(fast.reset(), dummy.reset())
+generator = np.random.default_rng(0)
+for step in range(1, 13):
+    actions = generator.uniform(-1, 1, (2, 6)).astype(np.float32)
+    obs, rewards, dones, infos = fast.step(actions)
+    their_obs, their_rewards, their_dones, their_infos = dummy.step(actions)
+    np.testing.assert_array_equal(obs, their_obs)
+    np.testing.assert_array_equal(rewards, their_rewards)
+    assert dones.tolist() == their_dones.tolist() == [step % 5 == 0] * 2
+    for ours, theirs in zip(infos, their_infos, strict=True):
+        assert ours["TimeLimit.truncated"] == theirs["TimeLimit.truncated"] == (step % 5 == 0)
+fast.close(), dummy.close()
+"""
+
+
+@pytest.mark.parametrize("imports", [["rl_zoo3", "sb3_pgplus"], ["sb3_pgplus", "rl_zoo3"]])
+def test_mujoco_stays_fast_and_exact_with_the_time_limit_that_rl_zoo3_puts_into_gymnasium(
+    imports: list[str], tmp_path: Path
+) -> None:
+    run_python(tmp_path, "-c", MUJOCO.format(imports=imports))
+
+
 def test_rl_zoo3s_own_command_finds_us_through_custom_envs(tmp_path: Path) -> None:
     (tmp_path / "custom_envs.py").write_text("from sb3_pgplus import zoo\nzoo.register()\n", encoding="utf-8")
     command = f"--algo a2cplus --env CartPole-v1 -n 128 --eval-freq -1 {TINY['a2cplus']}".split()

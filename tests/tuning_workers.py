@@ -13,6 +13,7 @@ from multiprocessing import forkserver
 import torch._dynamo  # noqa: F401
 
 from sb3_pgplus.cli import main
+from sb3_pgplus.processes import process_context
 from sb3_pgplus.tuning import command, trainings  # noqa: F401
 
 
@@ -29,7 +30,7 @@ def work(options: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    trainings._context()
+    process_context([trainings.__name__])
     server = forkserver._forkserver
     server.ensure_running()
     server.ensure_running = lambda: None  # it is not the workers' own child, which they would check

@@ -18,7 +18,7 @@ from sb3_pgplus.environments import make_environments, one_line
 from sb3_pgplus.evaluation import EVALUATION_SEED, PlayedEpisodes, play_episodes, random_state_kept
 from sb3_pgplus.files import write_atomically
 from sb3_pgplus.playing import EVALUATION_ENVS, check_spaces, record_episodes, record_vec_env
-from sb3_pgplus.statistics import interval_of, iqm
+from sb3_pgplus.statistics import iqm, iqm_interval
 from sb3_pgplus.vec_env.make import check_integer
 
 DEFAULT_EVERY = 10_000
@@ -197,7 +197,7 @@ class EvalCallback(sb3_callbacks.EvalCallback):
         if played.successes:
             self.evaluations_successes.append(played.successes)
         # Each is computed once, also those of a state that was loaded: a bootstrap takes milliseconds.
-        self._intervals += [interval_of(returns) for returns in self.evaluations_results[len(self._intervals) :]]
+        self._intervals += [iqm_interval(returns) for returns in self.evaluations_results[len(self._intervals) :]]
         if self.log_path is None:
             return
         arrays: dict[str, Any] = {

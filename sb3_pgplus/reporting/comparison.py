@@ -12,7 +12,7 @@ import numpy as np
 from sb3_pgplus.configs import ConfigError
 from sb3_pgplus.reporting.learning_curve import decorate, new_figure
 from sb3_pgplus.reporting.runs import Axis, FloatArray, Run, Series, grouped
-from sb3_pgplus.statistics import curve_of
+from sb3_pgplus.statistics import curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,13 +121,24 @@ def draw_group(axes: Axes, curves: Sequence[Series], label: str, colour: str, x:
     :param x: ``"steps"`` or ``"time"``
     """
     grid, values = on_common_points(curves, x)
-    middle, low, high = curve_of(values)
+    middle, low, high = band_of(values)
     seeds = f"{len(curves)} seeds" if len(curves) > 1 else "1 seed"
     if len(curves) > 1:
         axes.fill_between(grid, low, high, color=colour, alpha=0.2, linewidth=0)
         for row in values:
             axes.plot(grid, row, color=colour, linewidth=0.6, alpha=0.35)
     axes.plot(grid, middle, color=colour, linewidth=2.0, label=f"{label} ({seeds})")
+
+
+def band_of(values: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """
+    IQM over seeds at each point, and its interval.
+
+    :param values: ``[n_seeds, n_points]``
+    :return: IQM, lower and upper end, each ``[n_points]``; of a single seed all three are its values
+    """
+    middle, interval = curve(values)
+    return (middle, *(interval or (middle, middle)))
 
 
 def on_common_points(curves: Sequence[Series], x: Axis) -> tuple[FloatArray, FloatArray]:

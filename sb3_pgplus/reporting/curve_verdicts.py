@@ -10,7 +10,7 @@ import numpy as np
 from sb3_pgplus.reporting.diagnostics import GOOD, NOTE, PROBLEM, WARNING, Verdict
 from sb3_pgplus.reporting.learning_curve import smooth, window_of
 from sb3_pgplus.reporting.runs import Evaluations
-from sb3_pgplus.statistics import interval_of
+from sb3_pgplus.statistics import iqm_interval
 
 
 def judge_curve(returns: Any, steps: Any) -> Verdict:
@@ -54,7 +54,10 @@ def judge_evaluations(evaluations: Evaluations) -> Verdict:
     """
     means = evaluations.returns.mean(axis=1)
     best = int(np.argmax(means))
-    lowest_of_best, highest_of_last = interval_of(evaluations.returns[best])[0], interval_of(evaluations.returns[-1])[1]
+    lowest_of_best, highest_of_last = (
+        iqm_interval(evaluations.returns[best])[0],
+        iqm_interval(evaluations.returns[-1])[1],
+    )
     if lowest_of_best > highest_of_last:
         text = f"The last one ({means[-1]:,.1f}) is worse than the one at step {int(evaluations.steps[best]):,} "
         return Verdict(WARNING, text + f"({means[best]:,.1f}), whose model is best_model.zip.")

@@ -11,7 +11,7 @@ import numpy as np
 
 from sb3_pgplus.reporting.learning_curve import BLUE, GREY, decorate, draw_episodes, new_figure
 from sb3_pgplus.reporting.runs import Run, Series
-from sb3_pgplus.statistics import interval_of, iqm
+from sb3_pgplus.statistics import iqm, iqm_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def learning_curve(run: Run) -> str:
             draw_episodes(axes, run.episodes, MOST_DOTS)
         if run.evaluations is not None:
             rows, steps = run.evaluations.returns, run.evaluations.steps
-            middle, ends = np.array([iqm(row) for row in rows]), np.array([interval_of(row) for row in rows]).T
+            middle, ends = np.array([iqm(row) for row in rows]), np.array([iqm_interval(row) for row in rows]).T
             axes.errorbar(
                 steps,
                 middle,

@@ -27,7 +27,7 @@ from sb3_pgplus.reporting.diagnostics import (
 )
 from sb3_pgplus.reporting.html_page import document, table
 from sb3_pgplus.reporting.runs import Run
-from sb3_pgplus.statistics import interval_of, iqm
+from sb3_pgplus.statistics import iqm, iqm_interval
 
 MARKS = {GOOD: "✔ good", NOTE: "· note", WARNING: "! look", PROBLEM: "✘ problem"}
 LARGEST_VIDEO = 20 * 2**20
@@ -157,7 +157,7 @@ def _evaluation(run: Run) -> str:
 
 
 def _evaluation_row(name: str, returns: Any, lengths: Any) -> tuple[str, ...]:
-    low, high = interval_of(returns)
+    low, high = iqm_interval(returns)
     return (
         name,
         str(len(returns)),

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sb3_pgplus.statistics import interval_of, iqm
+from sb3_pgplus.statistics import iqm, iqm_interval
 from sb3_pgplus.tuning.objective import Objective, SurplusTrialError, stored_runs
 from sb3_pgplus.tuning.plan import TuningPlan
 from sb3_pgplus.tuning.spaces import default_settings
@@ -133,5 +133,5 @@ def ranked(test: optuna.Study, plan: TuningPlan) -> list[Candidate]:
     for tested in test.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         scores = [run.score(plan.objective) for run in sorted(stored_runs(tested), key=lambda run: run.seed)]
         known = {**tested.user_attrs["candidate"], "exact": tested.user_attrs["exact"]}
-        candidates.append(Candidate(**known, test_scores=scores, interval=interval_of(scores)))
+        candidates.append(Candidate(**known, test_scores=scores, interval=iqm_interval(scores)))
     return sorted(candidates, key=lambda candidate: iqm(candidate.test_scores), reverse=True)

@@ -15,10 +15,7 @@ def require_wandb() -> None:
     """
     :raises ImportError: if wandb is missing, naming the extra that installs it
     """
-    try:
-        import wandb  # noqa: F401
-    except ImportError as error:
-        raise ImportError("--track needs wandb: pip install 'sb3_pgplus[wandb]'") from error
+    import sb3_pgplus.callbacks.wandb_run  # noqa: F401
 
 
 def track(study: optuna.Study, trial: FrozenTrial, project: str) -> None:
@@ -29,11 +26,12 @@ def track(study: optuna.Study, trial: FrozenTrial, project: str) -> None:
     :param trial: finished or failed
     :param project: of W&B
     """
-    import wandb
+    from sb3_pgplus.callbacks.description import plain
+    from sb3_pgplus.callbacks.wandb_run import wandb
 
     runs, settings = stored_runs(trial), trial.user_attrs.get("settings", {})
     config: dict[str, Any] = {"n_envs": settings.get("n_envs"), **settings.get("hyperparameters", {}), **trial.params}
-    with wandb.init(project=project, group=study.study_name, name=f"trial-{trial.number}", config=config) as run:
+    with wandb.init(project=project, group=study.study_name, name=f"trial-{trial.number}", config=plain(config)) as run:
         for index in range(max((len(r.returns) for r in runs), default=0)):
             by_seed = {f"return/seed_{r.seed}": r.returns[index] for r in runs if index < len(r.returns)}
             run.log({"evaluation": index + 1, **by_seed, "return/iqm": iqm(list(by_seed.values()))})

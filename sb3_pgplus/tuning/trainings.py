@@ -1,34 +1,28 @@
 """
 Trainings of one setting with several seeds, each in a process of its own.
 
-A process per training means: one torch thread each, memory measured where it was used, and whatever ends it, a
-segfault or the kernel's out-of-memory killer, ends that training only. Processes are forked from a clean server that
-has imported torch once (spawned where there is no fork), so that starting one takes a fraction of a second.
+A process per training means: one torch thread each, memory measured where it was used, and whatever ends it ends that
+training only (:mod:`sb3_pgplus.processes`).
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 import numpy as np
-import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.configs import RunSettings
 from sb3_pgplus.environments import make_environments
+from sb3_pgplus.processes import Child, ProcessDiedError
 from sb3_pgplus.training import build_model
 from sb3_pgplus.tuning.plan import EVALUATION_SEEDS, LAST_EVALUATIONS
 
@@ -117,13 +111,6 @@ class LimitExceededError(RuntimeError):
 # --- in the parent ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Process:
-    seed: int
-    process: Any
-    started: float
-
-
 def train_seeds(
     settings: RunSettings,
     seeds: Sequence[int],
@@ -148,70 +135,43 @@ def train_seeds(
     :raises TrainingFailedError: if a training fails
     :raises LimitExceededError: if one takes too much
     """
-    queue, running, finished = list(seeds), dict[Connection, _Process](), dict[int, SeedRun]()
+    queue, running, finished = list(seeds), dict[Connection, tuple[int, Child]](), dict[int, SeedRun]()
     try:
         for seed in seeds:
             while seed not in finished:
                 while queue and len(running) < jobs:
-                    connection, process = _start(replace(settings, seed=queue.pop(0)), protocol)
-                    running[connection] = process
+                    first, child = queue[0], _start(replace(settings, seed=queue.pop(0)), protocol)
+                    running[child.connection] = first, child
                 for ready in wait(list(running), timeout=POLL_SECONDS):
                     assert isinstance(ready, Connection)
-                    message = _receive(ready, running[ready])
+                    message = _receive(*running[ready])
                     _check_memory(message.memory, protocol)
                     if isinstance(message, Measured):
                         on_evaluation(message)
                     else:
                         finished[message.seed] = message
-                        _end(ready, running.pop(ready))
-                _check_time(running, protocol)
+                        running.pop(ready)[1].end()
+                _check_time([child for _, child in running.values()], protocol)
                 on_wait()
             yield finished.pop(seed)
     finally:
-        for connection, process in running.items():
-            process.process.terminate()
-            _end(connection, process)
+        for _, child in running.values():
+            child.end(terminate=True)
 
 
-def _context() -> Any:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # torch's optimisers import dynamo when they are first made: four seconds in each process.
-    context.set_forkserver_preload([__name__, "torch._dynamo"])
-    return context
+def _start(settings: RunSettings, protocol: Protocol) -> Child:
+    return Child(_train, (settings, protocol), name=f"seed {settings.seed}", preload=[__name__])
 
 
-def _start(settings: RunSettings, protocol: Protocol) -> tuple[Connection, _Process]:
-    context = _context()
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_train, args=(theirs, settings, protocol), name=f"seed {settings.seed}")
-    process.start()
-    theirs.close()  # so that its death is the end of the stream
-    return ours, _Process(settings.seed, process, time.perf_counter())
-
-
-def _receive(connection: Connection, process: _Process) -> Measured | SeedRun:
+def _receive(seed: int, child: Child) -> Measured | SeedRun:
     try:
-        message = connection.recv()
-    except EOFError:
-        process.process.join()
-        code = process.process.exitcode
-        reason = f"its process was ended by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
-        raise TrainingFailedError(Failure(process.seed, "ProcessDied", reason, reason)) from None
+        message = child.receive()
+    except ProcessDiedError as error:
+        raise TrainingFailedError(Failure(seed, "ProcessDied", str(error), str(error))) from None
     if isinstance(message, Failure):
         raise TrainingFailedError(message)
     assert isinstance(message, Measured | SeedRun)
     return message
-
-
-def _end(connection: Connection, process: _Process) -> None:
-    process.process.join(timeout=10)
-    if process.process.is_alive():
-        process.process.kill()
-        process.process.join()
-    process.process.close()
-    connection.close()
 
 
 def _check_memory(used: float, protocol: Protocol) -> None:
@@ -219,10 +179,10 @@ def _check_memory(used: float, protocol: Protocol) -> None:
         raise LimitExceededError("memory", used - protocol.max_memory)
 
 
-def _check_time(running: dict[Connection, _Process], protocol: Protocol) -> None:
+def _check_time(running: Sequence[Child], protocol: Protocol) -> None:
     if protocol.max_seconds is None:
         return
-    longest = max((time.perf_counter() - process.started for process in running.values()), default=0.0)
+    longest = max((time.perf_counter() - child.started for child in running), default=0.0)
     if longest > protocol.max_seconds:
         raise LimitExceededError("time", longest - protocol.max_seconds)
 
@@ -231,23 +191,12 @@ def _check_time(running: dict[Connection, _Process], protocol: Protocol) -> None
 
 
 def _train(connection: Connection, settings: RunSettings, protocol: Protocol) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, and that decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    th.set_num_threads(1)
     try:
         connection.send(_run(connection, settings, protocol))
     except BaseException as error:
         details = "".join(traceback.format_exception(error))
         with suppress(OSError):
             connection.send(Failure(settings.seed, type(error).__name__, str(error), details))
-
-
-def _end_with_the_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 def _run(connection: Connection, settings: RunSettings, protocol: Protocol) -> SeedRun:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from sb3_pgplus.vec_env.envpool import EnvpoolVecEnv
     from sb3_pgplus.vec_env.gymnasium_adapter import GymnasiumVecEnv
     from sb3_pgplus.vec_env.mujoco import MujocoVecEnv
+    from sb3_pgplus.vec_env.replay import record_episodes
+    from sb3_pgplus.vec_env.states import capture_state, restore_state
     from sb3_pgplus.vec_env.tensors import TensorVecEnv
     from sb3_pgplus.vec_env.workers import WorkersVecEnv
 
@@ -19,7 +21,10 @@ __all__ = [
     "TensorVecEnv",
     "WorkersVecEnv",
     "backend_of",
+    "capture_state",
     "make_vec_env",
+    "record_episodes",
+    "restore_state",
 ]
 
 #: Imported when they are asked for: not everybody needs them, or has what they need.
@@ -30,6 +35,9 @@ _MODULES = {
     "MujocoVecEnv": "mujoco",
     "TensorVecEnv": "tensors",
     "WorkersVecEnv": "workers",
+    "capture_state": "states",
+    "record_episodes": "replay",
+    "restore_state": "states",
 }
 
 

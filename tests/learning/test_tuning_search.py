@@ -13,8 +13,8 @@ optuna = pytest.importorskip("optuna")
 stats = pytest.importorskip("scipy.stats")
 
 from sb3_pgplus.configs import resolve_settings  # noqa: E402
+from sb3_pgplus.statistics import iqm  # noqa: E402
 from sb3_pgplus.tuning import TuningPlan, tune  # noqa: E402
-from sb3_pgplus.tuning.objective import iqm  # noqa: E402
 from sb3_pgplus.tuning.spaces import SPACES, suggest  # noqa: E402
 from sb3_pgplus.tuning.study import make_sampler  # noqa: E402
 

@@ -1,0 +1,102 @@
+"""What `sb3-pgplus benchmark` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sb3_pgplus.benchmarking import runner, store
+from sb3_pgplus.benchmarking.suites import Run
+from sb3_pgplus.configs import ConfigError
+
+STORE, PAGE = Path("benchmarks/results/suite"), Path("docs/results.md")
+
+
+def names(text: str | None) -> list[str] | None:
+    """
+    :param text: comma-separated, or nothing
+    """
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def run(
+    runs: Sequence[Run],
+    folder: Path,
+    *,
+    jobs: int,
+    replace: bool = False,
+    progress: bool = True,
+    console: Console,
+) -> runner.Outcome:
+    """
+    Train what is missing and say what became of it.
+
+    :param runs: the plan
+    :param folder: of all results
+    :param jobs: processes side by side
+    :param replace: make runs anew that are there with other settings
+    :param progress: draw a bar, or print a line for each run where there is no terminal
+    :param console: where to report to
+    """
+    try:
+        outcome = runner.make(runs, folder, jobs=jobs, replace=replace, progress=progress, console=console)
+    except KeyboardInterrupt:
+        console.print("Stopped. Finished runs are kept, and the same command continues.")
+        raise
+    console.print(
+        f"{outcome.finished} runs made, {outcome.skipped} were there, {outcome.failed} failed. "
+        "Tables and figures: sb3-pgplus benchmark --table",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for path, why in store.failures(folder):
+        console.print(f"{folder / path}: {why}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return outcome
+
+
+def plan_table(runs: Sequence[Run], folder: Path) -> Table:
+    """
+    The cells of a plan: seeds that are there and missing, and how long these take.
+
+    :param runs: the plan
+    :param folder: of all results
+    """
+    estimates = runner.Estimates.of(runs, folder)
+    table = Table(title=f"{len(runs)} runs in {folder / runs[0].group}" if runs else "nothing", title_justify="left")
+    for column in ("algorithm", "environment", "steps", "stored seeds", "missing seeds", "missing, time"):
+        table.add_column(column)
+    for variant, env, n_timesteps in dict.fromkeys((r.variant.name, r.env, r.settings.n_timesteps) for r in runs):
+        cell = [r for r in runs if (r.variant.name, r.env) == (variant, env)]
+        missing = [r for r in cell if store.read(store.path_of(folder, r)) is None]
+        seconds = [estimates.seconds(r) for r in missing]
+        time = runner.duration(sum(s for s in seconds if s)) if missing and all(seconds) else "?" if missing else ""
+        there = sorted({r.seed for r in cell} - {r.seed for r in missing})
+        lists = [", ".join(map(str, seeds)) for seeds in (there, [r.seed for r in missing])]
+        table.add_row(variant, env, f"{n_timesteps:,}", *lists, time)
+    return table
+
+
+def write_tables(folder: Path, page: Path | None, *, with_figures: bool, console: Console) -> Path:
+    """
+    Recompute tables and figures, print the tables.
+
+    :param folder: of all results
+    :param page: Markdown file; by default docs/results.md where there is one, else a file beside the results
+    :param with_figures: the figures, too
+    :param console: where to print
+    :return: the page
+    :raises ConfigError: if a package is missing, or there are no results
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"there are no results in {folder}: run a suite first, or give --store")
+    try:
+        from sb3_pgplus.benchmarking.page import write
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    target = page or (PAGE if PAGE.is_file() and folder == STORE else folder / "results.md")
+    console.out(write(folder, target, with_figures=with_figures))
+    console.print(f"Page: {target}", highlight=False, markup=False, soft_wrap=True)
+    return target
