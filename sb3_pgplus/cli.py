@@ -1,4 +1,5 @@
 """
+The command ``sb3-pgplus train|evaluate|enjoy|profile|plot|report|tune``; ``python -m sb3_pgplus.cli`` is the same.
 The command ``sb3-pgplus`` with its subcommands; ``python -m sb3_pgplus.cli`` is the same.
 
 Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answers at once.
@@ -98,7 +99,11 @@ def train(
         int | None, typer.Option("--num-threads", min=1, help="Torch's CPU threads; by default 1 without images.")
     ] = None,
     progress: Progress = True,
-    eval_episodes: Annotated[int, typer.Option("--eval-episodes", min=0, help="Evaluation at the end.")] = 10,
+    eval_episodes: Annotated[int, typer.Option("--eval-episodes", min=0, help="Of an evaluation; 0: none.")] = 10,
+    eval_freq: Annotated[
+        int | None, typer.Option("--eval-freq", min=1, help="Evaluate every so many steps, keep the best model.")
+    ] = None,
+    eval_video: Annotated[bool, typer.Option("--eval-video", help="A video of each of these evaluations.")] = False,
     verbose: Annotated[int, typer.Option("--verbose", min=0, max=2, help="From 1 on: SB3's tables as well.")] = 0,
     track: Annotated[
         bool, typer.Option("--track", help="Track in Weights & Biases; WANDB_MODE=offline for `wandb sync` later.")
@@ -133,6 +138,8 @@ def train(
             verbose=verbose,
             progress=progress,
             eval_episodes=eval_episodes,
+            eval_freq=eval_freq,
+            eval_video=eval_video,
             tracking={
                 "project": project,
                 "entity": entity,
@@ -165,8 +172,9 @@ def evaluate(
     """Play whole episodes and print the statistics of their returns."""
     with _errors_as_one_line(debug):
         from sb3_pgplus.configs import known_backend
-        from sb3_pgplus.playing import EVALUATION_SEED, load_run
+        from sb3_pgplus.evaluation import EVALUATION_SEED
         from sb3_pgplus.playing import evaluate as play
+        from sb3_pgplus.playing import load_run
 
         loaded = load_run(run, env=env, algo=algo, device=device, trusted=not untrusted)
         evaluation = play(
@@ -200,10 +208,11 @@ def enjoy(
     """Watch an agent in a window, or record it to a video (also on a machine without a screen)."""
     with _errors_as_one_line(debug):
         from sb3_pgplus import playing
+        from sb3_pgplus.evaluation import EVALUATION_SEED
 
         console = Console()
         loaded = playing.load_run(run, env=env, algo=algo, device=device, trusted=not untrusted)
-        start = playing.EVALUATION_SEED if seed is None else seed
+        start = EVALUATION_SEED if seed is None else seed
         if not (record or video) and not playing.has_display():
             console.print("There is no screen to show it on: recording a video instead.")
             record = True
@@ -266,6 +275,44 @@ def profile(
             )
         console.print(measured.table())
         console.print(measured.summary(), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.", show_default=False)],
+    *,
+    x: Annotated[str, typer.Option("--x", help="steps or time.")] = "steps",
+    evaluations: Annotated[
+        bool, typer.Option("--evaluations", help="Evaluations (--eval-freq) instead of training episodes.")
+    ] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="A grid of all metrics instead of the curve.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The picture, .png, .svg or .pdf; by default curves.png or metrics.png."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw learning curves of several runs: interquartile mean over seeds and its interval."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.reporting.command import draw
+
+        for line in draw(runs, out, x=x, evaluations=evaluations, metrics=metrics):
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    *,
+    out: Annotated[Path | None, typer.Option("--out", help="The page; by default report.html in the folder.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page about a run: curve, evaluation, diagnostics in plain words, settings, time, video."""
+    with _errors_as_one_line(debug):
+        from sb3_pgplus.reporting.command import write_report
+
+        for line in write_report(run, out):
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,18 +15,20 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.utils import check_for_correct_spaces, set_random_seed
+from stable_baselines3.common.utils import check_for_correct_spaces
 
 from sb3_pgplus.configs import ConfigError, EnvironmentSpec, algorithm_class, known_backend, read_mapping
 from sb3_pgplus.environments import Wrapper, installation_advice, make_environments, one_line, torch_threads
+from sb3_pgplus.evaluation import EVALUATION_SEED, play_episodes
 from sb3_pgplus.run_folder import RunFolder
+from sb3_pgplus.statistics import iqm, iqm_interval
+from sb3_pgplus.videos import video_writer
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
-EVALUATION_SEED = 1_000_000
-"""Far from every training seed, and the same for all runs: their evaluations start from the same states."""
+EVALUATION_ENVS = 10
+"""Most environments side by side, where the user has not said how many."""
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -55,6 +55,8 @@ class Evaluation:
             "std_return": float(np.std(self.returns)),
             "min_return": float(np.min(self.returns)),
             "max_return": float(np.max(self.returns)),
+            "iqm_return": iqm(self.returns),
+            "iqm_interval_95": list(iqm_interval(self.returns)),
             "mean_length": float(np.mean(self.lengths)),
             "returns": self.returns,
             "lengths": self.lengths,
@@ -73,33 +75,40 @@ def evaluate(
     outer_wrapper: Wrapper | None = None,
 ) -> Evaluation:
     """
-    Play whole episodes, one after the other in one environment; the same arguments give the same episodes.
+    Play whole episodes, side by side unless somebody watches; the same arguments give the same episodes.
 
     :param model: the model; its own observation normalisation is part of ``predict``
     :param spec: the environment
-    :param n_episodes: number of episodes
-    :param seed: of the environment, and of the actions where they are sampled
+    :param n_episodes: number of episodes; episode ``i`` is the first one of the seed ``seed + i``
+    :param seed: of the environments, and of the actions where they are sampled
     :param deterministic: the policy's mode, or samples from it
     :param backend: what runs the environment, see :func:`sb3_pgplus.vec_env.make_vec_env`
     :param render_mode: ``"human"`` shows the episodes
     :param outer_wrapper: one more wrapper around the environment
     :raises ConfigError: if the model is not made for this environment
     """
-    env = make_environments(spec, seed=seed, backend=backend, render_mode=render_mode, outer_wrapper=outer_wrapper)
+    n_envs = 1 if render_mode or outer_wrapper else min(n_episodes, EVALUATION_ENVS)
+    env = make_environments(
+        spec, n_envs=n_envs, seed=seed, backend=backend, render_mode=render_mode, outer_wrapper=outer_wrapper
+    )
     try:
-        _check_spaces(model, env, spec.env)
-        if not deterministic:
-            set_random_seed(seed, using_cuda=model.device.type == "cuda")
+        check_spaces(model, env, spec.env)
         with torch_threads(env.observation_space):
-            result = evaluate_policy(model, env, n_episodes, deterministic, return_episode_rewards=True)
+            played = play_episodes(model, env, n_episodes=n_episodes, seed=seed, deterministic=deterministic)
     finally:
         env.close()
-    returns, lengths = result
-    assert isinstance(returns, list) and isinstance(lengths, list)
-    return Evaluation(spec.env, seed, deterministic, [float(r) for r in returns], [int(length) for length in lengths])
+    return Evaluation(spec.env, seed, deterministic, played.returns, played.lengths)
 
 
-def _check_spaces(model: BaseAlgorithm, env: VecEnv, env_id: str) -> None:
+def check_spaces(model: BaseAlgorithm, env: VecEnv, env_id: str) -> None:
+    """
+    Refuse environments that a model was not made for.
+
+    :param model: the model
+    :param env: the environments, raw
+    :param env_id: their name, for the message
+    :raises ConfigError: if observations or actions are of another kind
+    """
     try:
         # The model's own spaces are those after SB3's wrapping (images channel first), so wrap before comparing.
         check_for_correct_spaces(model._wrap_env(env, 0), model.observation_space, model.action_space)
@@ -211,16 +220,21 @@ class _FrameTap(gym.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self._write = write
         self._episodes_left = n_episodes
+        self._first_frame: Any = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         result = self.env.reset(seed=seed, options=options)
         if self._episodes_left > 0:
-            self._write(self._frame())
+            # Shown once a step follows: between two episodes the environment is reset twice.
+            self._first_frame = self._frame()
         return result
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         result = self.env.step(action)
         if self._episodes_left > 0:
+            if self._first_frame is not None:
+                self._write(self._first_frame)
+                self._first_frame = None
             self._write(self._frame())
         self._episodes_left -= bool(result[2] or result[3])
         return result
@@ -277,7 +291,7 @@ def record(
     run: LoadedRun, video: Path, *, n_episodes: int = 1, seed: int = EVALUATION_SEED, deterministic: bool = True
 ) -> Evaluation:
     """
-    Record episodes to an mp4 file, with or without a screen; the file appears only once it is complete.
+    Record episodes of a run to an mp4 file, see :func:`record_episodes`.
 
     :param run: what to play
     :param video: the file
@@ -286,61 +300,65 @@ def record(
     :param deterministic: the policy's mode, or samples from it
     :raises ConfigError: if the environment cannot be rendered or a package is missing
     """
+    return record_episodes(
+        run.model, run.environment, video, n_episodes=n_episodes, seed=seed, deterministic=deterministic
+    )
+
+
+def record_episodes(
+    model: BaseAlgorithm,
+    spec: EnvironmentSpec,
+    video: Path,
+    *,
+    n_episodes: int = 1,
+    seed: int = EVALUATION_SEED,
+    deterministic: bool = True,
+) -> Evaluation:
+    """
+    Record episodes to an mp4 file, with or without a screen; the file appears only once it is complete.
+
+    :param model: the model
+    :param spec: the environment
+    :param video: the file
+    :param n_episodes: number of episodes, one after the other in the same video
+    :param seed: of the environment
+    :param deterministic: the policy's mode, or samples from it
+    :raises ConfigError: if the environment cannot be rendered or a package is missing
+    """
     prepare_offscreen_rendering()
-    with _video_writer(video) as writer:
+    with video_writer(video) as writer:
         return evaluate(
-            run.model,
-            run.environment,
+            model,
+            spec,
             n_episodes=n_episodes,
             seed=seed,
             deterministic=deterministic,
             render_mode="rgb_array",
-            outer_wrapper=lambda env: _FrameTap(env, writer.for_environment(env), n_episodes),
+            outer_wrapper=lambda env: _FrameTap(env, writer.at_speed(env.metadata), n_episodes),
         )
 
 
-class _VideoWriter:
-    """Streams frames to ffmpeg; a long episode never has to fit into memory."""
+def record_vec_env(
+    model: BaseAlgorithm, env: VecEnv, video: Path, *, seed: int = EVALUATION_SEED, deterministic: bool = True
+) -> None:
+    """
+    Record one episode of the first of these environments; its last frame is lost, as they reset by themselves.
 
-    def __init__(self, path: Path, ffmpeg: Any) -> None:
-        self._path = path
-        self._ffmpeg = ffmpeg
-        self._stream: Any = None
-        self._fps = 30.0
-
-    def for_environment(self, env: gym.Env[Any, Any]) -> Callable[[Any], None]:
-        self._fps = float(env.metadata.get("render_fps") or self._fps)
-        return self.write
-
-    def write(self, frame: Any) -> None:
-        if not isinstance(frame, np.ndarray) or frame.ndim != 3:
-            raise ConfigError("no video can be made: the environment renders no RGB frames (render mode rgb_array)")
-        if self._stream is None:
-            height, width = frame.shape[:2]
-            # H.264 wants even sizes; ffmpeg rescales an odd one by a pixel.
-            size = (width, height)
-            self._stream = self._ffmpeg.write_frames(str(self._path), size, fps=self._fps, macro_block_size=2)
-            self._stream.send(None)
-        self._stream.send(np.ascontiguousarray(frame[..., :3], dtype=np.uint8))
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-
-@contextmanager
-def _video_writer(video: Path) -> Iterator[_VideoWriter]:
-    try:
-        ffmpeg = importlib.import_module("imageio_ffmpeg")
-    except ImportError as error:
-        raise ConfigError('videos need imageio-ffmpeg: run: pip install "sb3_pgplus[report]"') from error
-    video.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = video.with_name(f".{video.stem}-{os.getpid()}.mp4")
-    writer = _VideoWriter(unfinished, ffmpeg)
-    try:
-        yield writer
-        writer.close()
-        os.replace(unfinished, video)
-    finally:
-        writer.close()
-        unfinished.unlink(missing_ok=True)
+    :param model: the model
+    :param env: made with ``render_mode="rgb_array"``
+    :param video: the file
+    :param seed: of the environment
+    :param deterministic: the policy's mode, or samples from it
+    :raises ConfigError: if they render no frames or a package is missing
+    """
+    with video_writer(video) as writer:
+        write = writer.at_speed(env.metadata)
+        play_episodes(
+            model,
+            env,
+            n_episodes=1,
+            seed=seed,
+            deterministic=deterministic,
+            after_step=lambda: write(env.get_images()[0]),
+            warn=False,
+        )

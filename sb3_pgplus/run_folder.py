@@ -57,6 +57,26 @@ class RunFolder:
         return self.path / "evaluation.yml"
 
     @property
+    def evaluations(self) -> Path:
+        """Returns and lengths of the evaluations while training, as SB3 writes them."""
+        return self.path / "evaluations.npz"
+
+    @property
+    def best_model(self) -> Path:
+        """The model with the best of these evaluations."""
+        return self.path / "best_model.zip"
+
+    @property
+    def videos(self) -> Path:
+        """Videos of these evaluations."""
+        return self.path / "videos"
+
+    @property
+    def report(self) -> Path:
+        """The page of ``sb3-pgplus report``."""
+        return self.path / "report.html"
+
+    @property
     def error(self) -> Path:
         """Traceback of a run that failed."""
         return self.path / "error.txt"

@@ -14,11 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-try:
-    from scipy.stats import bootstrap, trim_mean
-except ImportError as error:
-    raise ImportError('statistics need scipy: pip install "sb3_pgplus[report]"') from error
+from scipy.stats import bootstrap, trim_mean
 
 FloatArray = npt.NDArray[np.float64]
 Interval = tuple[float, float]

@@ -25,12 +25,13 @@ from stable_baselines3.common.logger import (
 )
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_pgplus.callbacks.evaluation import EvalCallback
 from sb3_pgplus.configs import ConfigError, RunSettings, algorithm_class, resolve_objects
 from sb3_pgplus.construction import PLUMBING
 from sb3_pgplus.environments import make_environments, one_line, policy_for, torch_threads
 from sb3_pgplus.files import write_atomically
 from sb3_pgplus.on_policy import PolicyGradientPlus
-from sb3_pgplus.playing import Evaluation, evaluate
+from sb3_pgplus.playing import Evaluation, evaluate, prepare_offscreen_rendering
 from sb3_pgplus.reporting.learning_curve import Episodes, plot_learning_curve
 from sb3_pgplus.reporting.progress_bar import EpisodeRecorder, TrainingProgress
 from sb3_pgplus.run_folder import RunFolder, check_unused, create_run_folder, package_versions
@@ -69,6 +70,8 @@ def train(
     verbose: int = 0,
     progress: bool = False,
     eval_episodes: int = 10,
+    eval_freq: int | None = None,
+    eval_video: bool = False,
     tracking: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> FinishedRun:
@@ -81,15 +84,23 @@ def train(
     :param num_threads: torch's CPU threads, see :func:`sb3_pgplus.environments.torch_threads`
     :param verbose: as SB3's; from 1 on its tables are printed as well
     :param progress: draw a progress bar
-    :param eval_episodes: length of the evaluation at the end, 0 for none
+    :param eval_episodes: length of the evaluation at the end, and of those before; 0 for none
+    :param eval_freq: environment steps from one evaluation to the next while training; None: only at the end
+    :param eval_video: record the first episode of each of these evaluations
     :param tracking: arguments of :class:`sb3_pgplus.callbacks.WandbCallback`; None: no tracking
     :param console: where to report to, by default nowhere
     :raises ConfigError: if the settings are impossible, before anything is written
     :raises TrainingError: if training itself raises; then no model is left, and ``error.txt`` says why
     """
     console = console or Console(quiet=True)
+    if eval_freq is None and eval_video:
+        raise ConfigError("--eval-video records the evaluations while training: give --eval-freq, too")
+    if eval_freq is not None and not eval_episodes:
+        raise ConfigError("--eval-freq asks for evaluations and --eval-episodes 0 for none")
     if out is not None:
         check_unused(out)
+    if eval_video:
+        prepare_offscreen_rendering()
     tracker = None if tracking is None else _tracker(tracking, settings)
     env = make_environments(settings.environment, n_envs=settings.n_envs, seed=settings.seed, backend=settings.backend)
     try:
@@ -97,12 +108,13 @@ def train(
         folder = create_run_folder(out, algo=settings.algo, env=settings.environment.env, seed=settings.seed)
         folder.write_config(run_config(settings, model))
         console.print(start_panel(settings, model, folder))
+        evaluator = None if eval_freq is None else _evaluator(settings, folder, eval_freq, eval_episodes, eval_video)
         if tracker is not None:
             tracker.init_kwargs["dir"] = str(folder.path)
             tracker.start(model)
         start = time.perf_counter()
         with torch_threads(env.observation_space, num_threads):
-            episodes, interrupted = _learn(model, settings, folder, console if progress else None, tracker)
+            episodes, interrupted = _learn(model, settings, folder, console if progress else None, evaluator, tracker)
         seconds = time.perf_counter() - start
     finally:
         env.close()
@@ -234,22 +246,38 @@ class _StandardOutput:
         sys.stdout.flush()
 
 
+def _evaluator(settings: RunSettings, folder: RunFolder, every: int, n_episodes: int, video: bool) -> EvalCallback:
+    return EvalCallback(
+        settings.environment,
+        n_eval_episodes=n_episodes,
+        log_path=folder.path,
+        best_model_save_path=folder.path,
+        verbose=0,
+        every=every,
+        backend=settings.backend,
+        video_folder=folder.videos if video else None,
+    )
+
+
 def _learn(
     model: PolicyGradientPlus[Any],
     settings: RunSettings,
     folder: RunFolder,
     console: Console | None,
+    evaluator: EvalCallback | None,
     tracker: WandbCallback | None,
 ) -> tuple[Episodes, bool]:
     """Train; an interruption ends it in good order, anything else is written down and leaves no model."""
     recorder = EpisodeRecorder(folder.episodes)
-    bar = TrainingProgress(console, settings.n_timesteps) if console else None
+    bar = TrainingProgress(console, settings.n_timesteps, evaluator) if console else None
     logger = _logger(model, folder)
     model.set_logger(logger)
     interrupted = False
     try:
         # The tracker is the last one, so that it sees what the others have logged and saved.
-        callbacks: list[BaseCallback] = [callback for callback in (recorder, bar, tracker) if callback is not None]
+        callbacks: list[BaseCallback] = [
+            callback for callback in (recorder, evaluator, bar, tracker) if callback is not None
+        ]
         model.learn(settings.n_timesteps, callback=callbacks, log_interval=rows_between(model, settings.n_timesteps))
     except KeyboardInterrupt:
         interrupted = True
@@ -258,6 +286,8 @@ def _learn(
         raise TrainingError(f"{type(error).__name__}: {error} (traceback in {folder.error})") from error
     finally:
         recorder.close()
+        if evaluator:
+            evaluator.close()
         if bar:
             bar.close()
         logger.close()

@@ -38,8 +38,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"on_policy"}),
     frozenset({"a2c", "ppo", "trpo"}),
     frozenset({FACADE}),
-    frozenset({"configs", "environments", "playing", "training", "run_folder", "callbacks", "reporting"})
-    | frozenset({"conversion", "hub"})
+    frozenset({"configs", "environments", "evaluation", "playing", "training", "run_folder", "callbacks", "reporting"})
+    | frozenset({"conversion", "hub", "videos"})
     | frozenset({"profiling", "tuning", "zoo", "cli", "benchmarking"}),
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
@@ -57,6 +57,7 @@ DEFAULT_PACKAGES = {
     "tqdm": "tqdm",
     "yaml": "pyyaml",
     "tensorboard": "tensorboard",
+    "scipy": "scipy",
 }
 #: Which part of the package an optional package belongs to: only there may it be imported at module level.
 OPTIONAL_PACKAGE_OWNERS = {
@@ -75,7 +76,6 @@ OPTIONAL_PACKAGE_OWNERS = {
     "plotly": ("tuning",),
     "rl_zoo3": ("zoo",),
     "sb3_contrib": (),
-    "scipy": ("tuning", "statistics"),
     "wandb": ("callbacks",),
 }
 #: These cost seconds or need an extra, so they have to wait until they are used.

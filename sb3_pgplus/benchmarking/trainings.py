@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_nor
 from sb3_pgplus.benchmarking import stock, store
 from sb3_pgplus.benchmarking.suites import Run
 from sb3_pgplus.environments import make_environments
-from sb3_pgplus.playing import EVALUATION_SEED
+from sb3_pgplus.evaluation import EVALUATION_SEED
 from sb3_pgplus.run_folder import package_versions
 from sb3_pgplus.training import build_model
 from sb3_pgplus.vec_env import backend_of

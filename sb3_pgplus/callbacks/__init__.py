@@ -4,12 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sb3_pgplus.callbacks.evaluation import EvalCallback
     from sb3_pgplus.callbacks.wandb import WandbCallback
 
-__all__ = ["WandbCallback"]
+__all__ = ["EvalCallback", "WandbCallback"]
 
 #: Imported when they are asked for: some need an optional package.
-_MODULES = {"WandbCallback": "wandb"}
+_MODULES = {"EvalCallback": "evaluation", "WandbCallback": "wandb"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a run shows and records while it trains: a progress bar with the recent return, and one CSV row per episode."""
+"""What a run shows and records while it trains: a progress bar with a live table, and one CSV row per episode."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import time
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.utils import safe_mean
 
 from sb3_pgplus.reporting.learning_curve import EPISODE_COLUMNS, Episodes
+from sb3_pgplus.reporting.live_table import LiveTable
 
 REFRESH_SECONDS = 0.2
 PLAIN_LINES = 10
@@ -53,8 +56,9 @@ class EpisodeRecorder(BaseCallback):
         self.episodes.steps.append(self.num_timesteps)
         self.episodes.returns.append(episode_return)
         self.episodes.lengths.append(length)
+        seconds = time.perf_counter() - self._start
+        self.episodes.seconds.append(seconds)
         if self._file is not None:
-            seconds = time.perf_counter() - self._start
             self._file.write(f"{self.num_timesteps},{episode_return!r},{length},{seconds:.3f}\n")
 
     def close(self) -> None:
@@ -77,41 +81,53 @@ class _SpeedColumn(ProgressColumn):
 
 class TrainingProgress(BaseCallback):
     """
-    A progress bar with steps, steps per second, time left and the mean return of the last 100 episodes.
+    A progress bar, and below it the numbers that tell how the training goes, with their course.
 
-    SB3's own bar cannot show the return.
+    SB3's own bar shows steps and time alone.
 
-    :param console: where to draw
+    :param console: where to draw; where it is no terminal, a few plain lines are printed instead
     :param total_timesteps: length of this training
+    :param evaluator: whose evaluations are shown, too
     """
 
-    def __init__(self, console: Console, total_timesteps: int) -> None:
+    def __init__(self, console: Console, total_timesteps: int, evaluator: EvalCallback | None = None) -> None:
         super().__init__()
         self._console = console
         self._total = total_timesteps
+        self._evaluator = evaluator
+        self._n_evaluations = 0
         self._first_step = 0
         self._next_refresh = 0.0
         self._next_line = 0.0
         self._start = time.perf_counter()
+        self._numbers = LiveTable()
+        self._below = Table.grid()
         self._progress = Progress(
             BarColumn(bar_width=None),
             _StepsColumn(),
             _SpeedColumn(),
-            TextColumn("[green]return {task.fields[recent_return]}"),
             TextColumn("[progress.remaining]ETA"),
             TimeRemainingColumn(compact=True),
             console=console,
             speed_estimate_period=60.0,
             expand=True,
         )
-        self._task = self._progress.add_task("", total=total_timesteps, recent_return="–")
+        self._task = self._progress.add_task("", total=total_timesteps)
+        # The thread that refreshes the screen only draws what the training's thread has put together.
+        self._live = Live(
+            console=console, get_renderable=lambda: Group(self._progress, self._below), refresh_per_second=5
+        )
 
     def _on_training_start(self) -> None:
         self._start = time.perf_counter()
         self._first_step = self.num_timesteps
         self._next_line = self._total / PLAIN_LINES
         if self._console.is_terminal:
-            self._progress.start()
+            self._live.start()
+
+    def _on_rollout_start(self) -> None:
+        # What the update before has logged; later it may have been written and forgotten.
+        self._numbers.add({**self.logger.name_to_value, "return": self._recent("r"), "length": self._recent("l")})
 
     def _on_step(self) -> bool:
         now = time.perf_counter()
@@ -122,24 +138,36 @@ class TrainingProgress(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
+        self._on_rollout_start()
         self._show(time.perf_counter())
 
     def _show(self, now: float) -> None:
         done = min(self.num_timesteps - self._first_step, self._total)  # the last rollout may go beyond the total
         if self._console.is_terminal:
-            self._progress.update(self._task, completed=done, recent_return=self._recent_return())
+            self._add_evaluation()
+            self._progress.update(self._task, completed=done)
+            self._below = self._numbers.table(self._console.width, not self._console.options.ascii_only)
         elif done >= self._next_line:
             chunk = max(self._total // PLAIN_LINES, 1)
             self._next_line = (done // chunk + 1) * chunk
             speed = done / max(now - self._start, 1e-9)
+            recent = self._recent("r")
+            shown = "–" if recent is None else f"{recent:,.1f}"
             steps = f"{done:>12,}/{self._total:,} steps"
-            self._console.print(f"{steps}  {speed:,.0f} steps/s  return {self._recent_return()}")
+            line = f"{steps}  {speed:,.0f} steps/s  return {shown}{self._numbers.line()}"
+            self._console.print(line, soft_wrap=True)
 
-    def _recent_return(self) -> str:
-        recent = [info["r"] for info in self.model.ep_info_buffer or ()]
-        return f"{safe_mean(recent):,.1f}" if recent else "–"
+    def _add_evaluation(self) -> None:
+        if self._evaluator is not None and len(self._evaluator.evaluations_timesteps) > self._n_evaluations:
+            self._n_evaluations = len(self._evaluator.evaluations_timesteps)
+            self._numbers.add({"evaluation": float(self._evaluator.last_mean_reward)})
+
+    def _recent(self, what: str) -> float | None:
+        """Mean of the last 100 episodes."""
+        recent = [info[what] for info in self.model.ep_info_buffer or ()]
+        return float(safe_mean(recent)) if recent else None
 
     def close(self) -> None:
         """Take the bar off the screen's live area; the caller does it also after an interruption or an error."""
         if self._console.is_terminal:
-            self._progress.stop()
+            self._live.stop()

@@ -15,16 +15,11 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from sb3_pgplus.files import write_atomically
+from sb3_pgplus.reporting.html_page import document, table
 from sb3_pgplus.run_folder import package_versions
 from sb3_pgplus.tuning.plan import TuningPlan
 from sb3_pgplus.tuning.ranking import Candidate, best_trials
 from sb3_pgplus.tuning.study import TuningResult
-
-STYLE = """
-body { font-family: system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse } td, th { padding: .3em .8em; border-bottom: 1px solid #ccc; text-align: right }
-td:first-child, th:first-child { text-align: left } pre { background: #f4f4f4; padding: 1em; overflow: auto }
-"""
 
 
 def write_results(result: TuningResult, folder: Path, *, with_page: bool = True) -> list[str]:
@@ -153,10 +148,7 @@ def page(result: TuningResult) -> str:
                 parts.append(plotly.io.to_html(draw(study), full_html=False, include_plotlyjs=False))
         except Exception as error:  # with few trials, or equal values, some of them cannot be drawn
             parts.append(f"<p>Not drawn: {html.escape(str(error))}</p>")
-    head = f'<meta charset="utf-8"><title>{html.escape(study.study_name)}</title><style>{STYLE}</style>'
-    return (
-        f"<!DOCTYPE html><html><head>{head}<script>{get_plotlyjs()}</script></head><body>{''.join(parts)}</body></html>"
-    )
+    return document(study.study_name, parts, head=f"<script>{get_plotlyjs()}</script>")
 
 
 def _figures(plan: TuningPlan) -> Iterator[tuple[str, Callable[[optuna.Study], Any]]]:
@@ -187,10 +179,9 @@ def _summary(result: TuningResult) -> str:
 def _ranking_table(result: TuningResult) -> str:
     if not result.ranking:
         return ""
-    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in ranking_row(c))}</tr>" for c in result.ranking)
-    head = "".join(f"<th>{name}</th>" for name in RANKING_COLUMNS)
+    rows = table(RANKING_COLUMNS, map(ranking_row, result.ranking))
     seeds = f"{result.plan.test_seeds[0]} to {result.plan.test_seeds[-1]}"
-    return f"<h2>On test seeds {seeds}, which the search never saw</h2><table><tr>{head}</tr>{rows}</table>"
+    return f"<h2>On test seeds {seeds}, which the search never saw</h2>{rows}"
 
 
 RANKING_COLUMNS = ("trial", "from", "IQM on test seeds", "95 % interval", "score in the search")
