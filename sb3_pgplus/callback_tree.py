@@ -1,0 +1,37 @@
+"""Callbacks inside callbacks: SB3's lists and events hold others, and tells none of them that a training failed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+
+def callbacks_in(callback: Any) -> Iterator[BaseCallback]:
+    """
+    All callbacks of a training, those first that hold others.
+
+    :param callback: what ``learn`` takes: a callback, a list of them, a function or None
+    """
+    if isinstance(callback, list):
+        for member in callback:
+            yield from callbacks_in(member)
+    elif isinstance(callback, BaseCallback):
+        yield callback
+        yield from callbacks_in(getattr(callback, "callbacks", None))  # of a CallbackList
+        for name in ("callback", "callback_on_new_best", "callback_after_eval"):  # of an EventCallback
+            yield from callbacks_in(getattr(callback, name, None))
+
+
+def tell_failure(callback: Any, error: BaseException) -> None:
+    """
+    Call ``on_training_failure(error)`` of the callbacks that have it: ``on_training_end`` is for those that ended well.
+
+    :param callback: what ``learn`` was given
+    :param error: what ended the training; ``KeyboardInterrupt`` for Ctrl-C
+    """
+    told: set[int] = set()
+    for member in callbacks_in(callback):
+        listener = getattr(member, "on_training_failure", None)
+        if listener is not None and id(member) not in told:  # an EvalCallback names one of its callbacks twice
+            told.add(id(member))
+            listener(error)
