@@ -95,24 +95,34 @@ def train(
     ] = None,
     progress: Progress = True,
     eval_episodes: Annotated[int, typer.Option("--eval-episodes", min=0, help="Evaluation at the end.")] = 10,
+    checkpoint_freq: Annotated[
+        int | None, typer.Option("--checkpoint-freq", min=1, help="A checkpoint every so many steps, for --resume.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Folder of an interrupted run, which goes on.", show_default=False)
+    ] = None,
     verbose: Annotated[int, typer.Option("--verbose", min=0, max=2, help="From 1 on: SB3's tables as well.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Train an agent; leaves a run folder with model, config, metrics and learning curve."""
     with _errors_as_one_line(debug):
         from sb3_pgplus.configs import resolve_settings
+        from sb3_pgplus.resumed_runs import refuse_settings, settings_of
         from sb3_pgplus.training import train as run_training
 
-        settings = resolve_settings(
-            algo=algo,
-            env=env,
-            config=config,
-            overrides=overrides or [],
-            n_envs=n_envs,
-            backend=backend,
-            n_timesteps=n_timesteps,
-            seed=seed,
-        )
+        given = {
+            "algo": algo,
+            "env": env,
+            "config": config,
+            "overrides": overrides or [],
+            "n_envs": n_envs,
+            "backend": backend,
+            "n_timesteps": n_timesteps,
+            "seed": seed,
+        }
+        if resume is not None:
+            refuse_settings(given | {"out": out})
+        settings = resolve_settings(**given) if resume is None else settings_of(resume)
         console = Console()
         run = run_training(
             settings,
@@ -122,11 +132,13 @@ def train(
             verbose=verbose,
             progress=progress,
             eval_episodes=eval_episodes,
+            checkpoint_freq=checkpoint_freq,
+            resume=resume,
             console=console,
         )
         _report(run, console)
     if run.interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
+        raise typer.Exit(EXIT_INTERRUPTED if run.signal is None else 128 + run.signal)
 
 
 @app.command()
@@ -402,7 +414,10 @@ def _report(run: FinishedRun, console: Console) -> None:
     speed = steps / max(run.seconds, 1e-9)
     console.print(f"{steps:,} steps in {_duration(run.seconds)}, {speed:,.0f} steps/s", highlight=False)
     command, folder = _command(), shlex.quote(str(run.folder.path))
-    for line in (f"{command} evaluate {folder}", f"{command} enjoy {folder} --record"):
+    lines = [f"{command} evaluate {folder}", f"{command} enjoy {folder} --record"]
+    if run.interrupted:
+        lines.insert(0, f"{command} train --resume {folder}")
+    for line in lines:
         console.print(f"  {line}", style="cyan", highlight=False, markup=False, soft_wrap=True)
 
 

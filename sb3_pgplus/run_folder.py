@@ -57,6 +57,11 @@ class RunFolder:
         return self.path / "evaluation.yml"
 
     @property
+    def checkpoints(self) -> Path:
+        """What the run can be resumed from."""
+        return self.path / "checkpoints"
+
+    @property
     def error(self) -> Path:
         """Traceback of a run that failed."""
         return self.path / "error.txt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 import traceback
@@ -17,7 +18,6 @@ from rich.panel import Panel
 from rich.table import Table
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import (
-    CSVOutputFormat,
     HumanOutputFormat,
     KVWriter,
     Logger,
@@ -25,19 +25,25 @@ from stable_baselines3.common.logger import (
 )
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_pgplus.callbacks.checkpoint import CheckpointCallback
 from sb3_pgplus.configs import ConfigError, RunSettings, algorithm_class, resolve_objects
 from sb3_pgplus.construction import PLUMBING
 from sb3_pgplus.environments import make_environments, one_line, policy_for, torch_threads
 from sb3_pgplus.files import write_atomically
+from sb3_pgplus.interruptions import Interruption
 from sb3_pgplus.on_policy import PolicyGradientPlus
 from sb3_pgplus.playing import Evaluation, evaluate
 from sb3_pgplus.reporting.learning_curve import Episodes, plot_learning_curve
 from sb3_pgplus.reporting.progress_bar import EpisodeRecorder, TrainingProgress
+from sb3_pgplus.reporting.progress_csv import ProgressCSV
+from sb3_pgplus.resumed_runs import resume_model
 from sb3_pgplus.run_folder import RunFolder, check_unused, create_run_folder, package_versions
 from sb3_pgplus.vec_env import backend_of
 
 #: A longer run logs every few iterations.
 MOST_ROWS = 500
+#: Signals after which a training finishes its iteration, writes a checkpoint and ends; the second one ends it at once.
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class TrainingError(RuntimeError):
@@ -55,6 +61,8 @@ class FinishedRun:
     interrupted: bool
     evaluation: Evaluation | None
     """Missing after an interruption, and where none was asked for."""
+    signal: int | None = None
+    """What interrupted it."""
 
 
 def train(
@@ -66,6 +74,8 @@ def train(
     verbose: int = 0,
     progress: bool = False,
     eval_episodes: int = 10,
+    checkpoint_freq: int | None = None,
+    resume: Path | None = None,
     console: Console | None = None,
 ) -> FinishedRun:
     """
@@ -78,6 +88,9 @@ def train(
     :param verbose: as SB3's; from 1 on its tables are printed as well
     :param progress: draw a progress bar
     :param eval_episodes: length of the evaluation at the end, 0 for none
+    :param checkpoint_freq: environment steps from one checkpoint to the next; None: only after a signal, or as before
+        in a resumed run
+    :param resume: folder of an interrupted run to go on with; ``settings`` are then its own
     :param console: where to report to, by default nowhere
     :raises ConfigError: if the settings are impossible, before anything is written
     :raises TrainingError: if training itself raises; then no model is left, and ``error.txt`` says why
@@ -87,14 +100,17 @@ def train(
         check_unused(out)
     env = make_environments(settings.environment, n_envs=settings.n_envs, seed=settings.seed, backend=settings.backend)
     try:
-        model = build_model(settings, env, device=device, verbose=verbose)
-        folder = create_run_folder(out, algo=settings.algo, env=settings.environment.env, seed=settings.seed)
-        folder.write_config(run_config(settings, model))
+        if resume is None:
+            model = build_model(settings, env, device=device, verbose=verbose)
+            folder = create_run_folder(out, algo=settings.algo, env=settings.environment.env, seed=settings.seed)
+            folder.write_config(run_config(settings, model))
+        else:
+            model, folder = resume_model(settings, resume, env, device=device, verbose=verbose)
         console.print(start_panel(settings, model, folder))
-        start = time.perf_counter()
-        with torch_threads(env.observation_space, num_threads):
-            episodes, interrupted = _learn(model, settings, folder, console if progress else None)
-        seconds = time.perf_counter() - start
+        with torch_threads(env.observation_space, num_threads), Interruption(STOPPING) as interruption:
+            callback = CheckpointCallback(folder.checkpoints, checkpoint_freq, interruption=interruption)
+            episodes, interrupted = _learn(model, settings, folder, callback, console if progress else None)
+        seconds = (time.time_ns() - model.start_time) / 1e9  # those before an interruption included
     finally:
         env.close()
     model.save(folder.model)  # whole or not at all
@@ -103,7 +119,7 @@ def train(
     if eval_episodes and not interrupted:
         evaluation = evaluate(model, settings.environment, n_episodes=eval_episodes, backend=settings.backend)
         write_atomically(folder.evaluation, yaml.safe_dump(evaluation.summary(), sort_keys=False).encode())
-    return FinishedRun(model, folder, episodes, seconds, interrupted, evaluation)
+    return FinishedRun(model, folder, episodes, seconds, interrupted, evaluation, interruption.signal)
 
 
 def build_model(
@@ -222,7 +238,11 @@ class _StandardOutput:
 
 
 def _learn(
-    model: PolicyGradientPlus[Any], settings: RunSettings, folder: RunFolder, console: Console | None
+    model: PolicyGradientPlus[Any],
+    settings: RunSettings,
+    folder: RunFolder,
+    checkpoints: CheckpointCallback,
+    console: Console | None,
 ) -> tuple[Episodes, bool]:
     """Train; an interruption ends it in good order, anything else is written down and leaves no model."""
     recorder = EpisodeRecorder(folder.episodes)
@@ -231,13 +251,17 @@ def _learn(
     model.set_logger(logger)
     interrupted = False
     try:
-        callbacks: list[BaseCallback] = [recorder, bar] if bar else [recorder]
+        callbacks: list[BaseCallback] = [recorder, *([bar] if bar else []), checkpoints]
         model.learn(settings.n_timesteps, callback=callbacks, log_interval=rows_between(model, settings.n_timesteps))
+        interrupted = checkpoints.is_asked_to_stop and model.num_timesteps < settings.n_timesteps
     except KeyboardInterrupt:
         interrupted = True
     except Exception as error:
-        folder.error.write_text(traceback.format_exc(), encoding="utf-8")
-        raise TrainingError(f"{type(error).__name__}: {error} (traceback in {folder.error})") from error
+        # A signal to all of the group, as Ctrl-C in a terminal is one, ends worker processes, too.
+        interrupted = checkpoints.is_asked_to_stop and isinstance(error, (EOFError, ConnectionError))
+        if not interrupted:
+            folder.error.write_text(traceback.format_exc(), encoding="utf-8")
+            raise TrainingError(f"{type(error).__name__}: {error} (traceback in {folder.error})") from error
     finally:
         recorder.close()
         if bar:
@@ -257,7 +281,7 @@ def rows_between(model: PolicyGradientPlus[Any], n_timesteps: int) -> int:
 
 
 def _logger(model: PolicyGradientPlus[Any], folder: RunFolder) -> Logger:
-    formats: list[KVWriter] = [CSVOutputFormat(str(folder.progress))]
+    formats: list[KVWriter] = [ProgressCSV(folder.progress, model.num_timesteps or None)]
     if model.verbose >= 1:
         formats.append(HumanOutputFormat(_StandardOutput()))  # type: ignore[arg-type]
     if model.tensorboard_log is not None:

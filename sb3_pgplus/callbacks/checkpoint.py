@@ -65,7 +65,8 @@ class CheckpointCallback(BaseCallback):
     def _init_callback(self) -> None:
         if not isinstance(self.model, PolicyGradientPlus):
             raise TypeError(f"checkpoints are made of PPOPlus, A2CPlus and TRPOPlus, not of {type(self.model).__name__}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.every is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_leftovers(self.folder)
 
     def _on_training_start(self) -> None:
@@ -104,12 +105,16 @@ class CheckpointCallback(BaseCallback):
         :return: False after a signal
         """
         steps = self.model.num_timesteps
-        is_asked_to_stop = self._interruption is not None and self._interruption.signal is not None
         self._look_for_best(callback)
-        if self._wants_best is not None or (steps != self._newest_steps and (is_asked_to_stop or self._is_due(steps))):
+        if self._wants_best is not None or (steps != self._newest_steps and (self.is_asked_to_stop or self._is_due(steps))):
             self._write(steps, callback)
         self._wants_best = None
-        return not is_asked_to_stop
+        return not self.is_asked_to_stop
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal has come."""
+        return self._interruption is not None and self._interruption.signal is not None
 
     def _is_due(self, steps: int) -> bool:
         if self.every is None:
