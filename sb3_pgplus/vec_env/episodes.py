@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from sb3_pgplus.vec_env.common import Array
 
 #: Keyword arguments of ``Monitor`` that :class:`EpisodeMonitor` has, too.
 MONITOR_ARGUMENTS = ("allow_early_resets", "info_keywords", "override_existing")
+
+#: Lists of finished episodes, one for each environment.
+_COLUMNS = ("episode_returns", "episode_lengths", "episode_times")
 
 
 class LeanInfo(dict[str, Any]):
@@ -158,6 +162,35 @@ class EpisodeMonitor:
             self._writers[env].write_row(episode)
         self.lengths[env] = 0
         return episode
+
+    def get_state(self) -> dict[str, Any]:
+        """:return: everything that is counted, as a plain tree: arrays are ``[N]`` or of all episodes in a row"""
+        longest = int(self.lengths.max(initial=0))
+        columns = {name: np.array([*chain(*getattr(self, name))]) for name in _COLUMNS}
+        return columns | {
+            "finished": np.array([len(of_one) for of_one in self.episode_lengths]),
+            "elapsed": time.time() - self.t_start,
+            "total_steps": self.total_steps,
+            "started": self._started,
+            "running_lengths": self.lengths.copy(),
+            "running_rewards": self._rewards[self._row - longest : self._row].copy(),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """
+        Count on from where another monitor stopped; the time in between does not count.
+
+        :param state: what :meth:`get_state` returned there
+        """
+        ends = np.cumsum(state["finished"])[:-1]
+        for name in _COLUMNS:
+            setattr(self, name, [of_one.tolist() for of_one in np.split(state[name], ends)])
+        self.t_start = time.time() - state["elapsed"]
+        self.total_steps, self._started = state["total_steps"], state["started"]
+        self.lengths[:] = state["running_lengths"]
+        rewards = state["running_rewards"]
+        self._rewards = np.empty((max(1024, 2 * len(rewards)), len(self.lengths)))
+        self._rewards[: len(rewards)], self._row = rewards, len(rewards)
 
     def close(self) -> None:
         """Close the files."""

@@ -26,6 +26,7 @@ from sb3_pgplus.errors import BackendError
 from sb3_pgplus.vec_env.common import Array, indices_of, usable_cpus
 from sb3_pgplus.vec_env.episodes import RUNNING, EpisodeMonitor, running_infos
 from sb3_pgplus.vec_env.mujoco_tasks import ALL, TASKS, Outcome, Rows, Task
+from sb3_pgplus.vec_env.state_trees import generator_from, to_tree
 
 WRAPPERS_OF_MAKE = (TimeLimit, OrderEnforcing, PassiveEnvChecker)
 #: Attributes of a Gymnasium environment that follow its simulation, which the template's does not.
@@ -95,7 +96,7 @@ class MujocoVecEnv(VecEnv):
         for i, seed in enumerate(self._seeds):
             if seed is not None or self._generators[i] is None:
                 self._generators[i] = seeding.np_random(seed)[0]
-        self._was_reset = True
+        self._was_reset, task.is_restored = True, False
         observations = self._start_episodes(task, np.arange(self.num_envs))
         # Used once, as everywhere in SB3. None of these tasks has options.
         self._reset_seeds()
@@ -113,7 +114,10 @@ class MujocoVecEnv(VecEnv):
         task = self._usable_task()
         if not self._was_reset:
             raise RuntimeError("Tried to step environment that needs reset")
-        task.before_step()
+        if task.is_restored:
+            task.is_restored = False
+        else:
+            task.before_step()
         task.ctrl[...] = self.actions
         if self._states_before is not None:
             np.copyto(self._states_before, self._batch.state)
@@ -179,6 +183,40 @@ class MujocoVecEnv(VecEnv):
             self._task = self._batch = None
             self._env.close()
             self.episodes.close()
+
+    # --- the state, for checkpoints ---
+
+    def get_state(self) -> dict[str, Any]:
+        """:return: everything that the next steps and resets depend on, as a plain tree"""
+        task = self._usable_task()
+        return {
+            "task": task.get_state(),
+            "simulations": self._batch.state.copy(),
+            "before": None if self._states_before is None else self._states_before.copy(),
+            "lookat": {str(env): point.copy() for env, point in self._lookat.items()},
+            "generators": to_tree(self._generators),
+            "was_reset": self._was_reset,
+            "episodes": self.episodes.get_state(),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """
+        Go on from where another batch of the same task was.
+
+        :param state: what :meth:`get_state` returned there
+        :raises ValueError: if it is the state of another model
+        """
+        task, rows = self._usable_task(), state["simulations"]
+        if rows.shape != self._batch.state.shape:
+            raise ValueError(f"the state has simulations of shape {rows.shape}, not {self._batch.state.shape}")
+        self._batch.state[...] = rows
+        task.set_state(state["task"])
+        if self._states_before is not None:
+            self._states_before[...] = rows if state["before"] is None else state["before"]
+        self._lookat = {int(env): point.copy() for env, point in state["lookat"].items()}
+        self._generators = [generator_from(generator) for generator in state["generators"]]
+        self._was_reset = state["was_reset"]
+        self.episodes.set_state(state["episodes"])
 
     # --- pictures ---
 

@@ -64,6 +64,8 @@ class Task:
 
     #: Whether the task reads contact forces, which a batch computes only if each simulation keeps its own data.
     needs_contact_forces: ClassVar[bool] = False
+    #: Whether what :meth:`before_step` would keep was restored: a new batch lacks the fields that it is read from.
+    is_restored = False
 
     def __init__(self, env: Any, batch: Any) -> None:
         self.env = env
@@ -129,6 +131,22 @@ class Task:
         """:return: mean + s·N(0, 1) with s the task's ``reset_noise_scale``."""
         noisy: Array = mean + self.env._reset_noise_scale * generator.standard_normal(mean.size)
         return noisy
+
+    def get_state(self) -> dict[str, Array]:
+        """:return: what the next step needs besides the state of the simulations"""
+        if not self.is_restored:
+            self.before_step()
+        return {name: value.copy() for name, value in vars(self).items() if name.endswith("_before")}
+
+    def set_state(self, state: dict[str, Array]) -> None:
+        """
+        Undo :meth:`get_state`, after the simulations have their states.
+
+        :param state: what it returned
+        """
+        self.is_restored = True
+        for name, value in state.items():
+            setattr(self, name, value.copy())
 
     def body_position(self, body: int | str) -> Array:
         """
@@ -291,6 +309,9 @@ class ContactTask(Locomotion):
 
     def after_reset(self, rows: Array) -> None:
         self.contact_forces[rows] = 0.0
+
+    def get_state(self) -> dict[str, Array]:
+        return super().get_state() | {"contact_forces": self.contact_forces.copy()}
 
 
 class Ant(ContactTask):
