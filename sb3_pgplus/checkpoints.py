@@ -2,8 +2,8 @@
 Checkpoint files: a model's zip with two more members and a checksum over everything.
 
 ``training_state.json`` is a plain tree (:mod:`sb3_pgplus.vec_env.state_trees`) whose arrays lie end to end in
-``training_state.pt``, one tensor of bytes: nothing in them is pickled code. The SHA-256 of all bytes before it is the end
-of the file, inside the zip's comment, so that every other program that reads zips still reads it.
+``training_state.pt``, one tensor of bytes: nothing in them is pickled code. The file ends with the SHA-256 of all bytes
+before it, inside the zip's comment, so that every other program that reads zips still reads it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -289,20 +289,23 @@ class _Decoder:
             return self._all(tree)
         if not isinstance(tree, dict):
             return tree
-        match next(iter(tree.items()), None):
-            case ("$items", items):
-                return dict(self._all(items))
-            case ("$tuple", values):
-                return tuple(self._all(values))
-            case ("$array", described):
-                return self._array(*described)
-            case ("$scalar", described):
-                return self._array(*described)[()]
+        kind, content = next(iter(tree.items()), ("", None))
+        if kind in self._KINDS:
+            return self._KINDS[kind](self, content)
         return {key: self.decode(value) for key, value in tree.items()}
 
     def _all(self, trees: Iterable[Any]) -> list[Tree]:
         return [self.decode(tree) for tree in trees]
 
-    def _array(self, dtype: str, shape: list[int], n_bytes: int) -> Any:
+    def _array(self, description: tuple[str, list[int], int]) -> Any:
+        dtype, shape, n_bytes = description
         start, self._position = self._position, self._position + n_bytes
         return np.frombuffer(self._arrays[start : self._position], dtype=dtype).reshape(shape).copy()
+
+    #: How dicts with a key that begins with a dollar are marked.
+    _KINDS: ClassVar[dict[str, Callable[[_Decoder, Any], Tree]]] = {
+        "$items": lambda self, items: dict(self._all(items)),
+        "$tuple": lambda self, values: tuple(self._all(values)),
+        "$array": _array,
+        "$scalar": lambda self, description: self._array(description)[()],
+    }

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -110,7 +110,7 @@ def train(
         from sb3_pgplus.resumed_runs import refuse_settings, settings_of
         from sb3_pgplus.training import train as run_training
 
-        given = {
+        given: dict[str, Any] = {
             "algo": algo,
             "env": env,
             "config": config,

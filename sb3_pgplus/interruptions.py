@@ -13,8 +13,8 @@ class Interruption:
     """
     Takes note of signals while it is entered; the same signal once more acts at once.
 
-    Signals that are ignored stay so (a shell's background jobs ignore Ctrl-C), and outside the main thread, where Python
-    allows no handlers, nothing is changed.
+    Signals that are ignored stay so (a shell's background jobs ignore Ctrl-C), and outside the main thread, where
+    Python allows no handlers, nothing is changed.
 
     :param signals: their numbers
     """

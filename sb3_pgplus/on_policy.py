@@ -9,7 +9,7 @@ import operator
 import time
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch as th
@@ -242,16 +242,15 @@ class PolicyGradientPlus(
     def _iterate(
         self,
         total_timesteps: int,
-        callback: MaybeCallback,
+        callback: Any,
         log_interval: int | None,
         tb_log_name: str,
         reset_num_timesteps: bool,
         progress_bar: bool,
     ) -> None:
         """SB3's loop, with a place between iterations and a counter of them that a checkpoint can keep."""
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
+        found = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        total_timesteps, callback = found
         iteration = self._iteration  # callbacks read local variables under SB3's names
         callback.on_training_start(locals(), globals())
         self._finish_resuming(callback)

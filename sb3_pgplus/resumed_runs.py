@@ -41,8 +41,8 @@ def settings_of(run: Path) -> RunSettings:
         raise ConfigError(f"{run} is no run folder: it has no {folder.config.name}")
     if not checkpoints.in_folder(folder.checkpoints):
         raise ConfigError(
-            f"{run} has no checkpoint to go on from. Checkpoints are written with --checkpoint-freq, and when Ctrl-C or "
-            f"SIGTERM ends a training; begin it anew with --config {folder.config}"
+            f"{run} has no checkpoint to go on from. Checkpoints are written with --checkpoint-freq, and when Ctrl-C "
+            f"or SIGTERM ends a training. To begin it anew: --config {folder.config}"
         )
     return resolve_settings(config=folder.config)
 

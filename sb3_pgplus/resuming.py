@@ -66,9 +66,9 @@ class Resuming(_Base):
         """
         Take up an interrupted training.
 
-        The first ``learn`` afterwards finishes the interrupted one: give it the same arguments, the total number of steps
-        included. Everything goes on as it would have without the interruption, bit for bit, if the environments give
-        their state; otherwise they begin new episodes, and a warning says so.
+        The first ``learn`` afterwards finishes the interrupted one: give it the same arguments, the total number of
+        steps included. Everything goes on as it would have without the interruption, bit for bit, if the environments
+        give their state; otherwise they begin new episodes, and a warning says so.
 
         :param path: a checkpoint, a folder of them or a run folder: then its newest intact checkpoint
         :param env: environments like those of the interrupted training; None suffices if the model made them from an id
@@ -80,7 +80,9 @@ class Resuming(_Base):
         found = checkpoints.find(Path(path))
         state = found.state
         if state["algorithm"] != cls.__name__:
-            raise CheckpointError(f"{found.path} is of {state['algorithm']}: resume it with that class, not {cls.__name__}")
+            raise CheckpointError(
+                f"{found.path} is of {state['algorithm']}: resume it with that class"
+            )
         env = _environments(found) if env is None else env
         n_envs = getattr(env, "num_envs", 1)
         if n_envs != state["n_envs"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import platform
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol, runtime_checkable
@@ -113,7 +113,7 @@ def capture_generators(action_space: spaces.Space[Any]) -> dict[str, Tree]:
     on_device = th.cuda.get_rng_state_all() if th.cuda.is_available() and th.cuda.is_initialized() else []
     return {
         "python": random.getstate(),
-        "numpy": to_tree(np.random.get_state()),  # noqa: NPY002  # SB3 draws from it
+        "numpy": to_tree(np.random.get_state()),  # SB3 draws from it
         "torch": th.get_rng_state().numpy(),
         "cuda": [state.numpy() for state in on_device],
         "action_space": space_to_tree(action_space),
@@ -128,7 +128,7 @@ def restore_generators(state: Mapping[str, Tree], action_space: spaces.Space[Any
     :param action_space: of the model
     """
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
+    np.random.set_state(state["numpy"])
     th.set_rng_state(th.as_tensor(state["torch"]))
     if state["cuda"] and th.cuda.is_available():
         th.cuda.set_rng_state_all([th.as_tensor(each) for each in state["cuda"][: th.cuda.device_count()]])
@@ -241,9 +241,9 @@ def _environments_of(callback: BaseCallback) -> Iterator[tuple[str, VecEnv]]:
 
 
 def _constructor_arguments(cls: type[Any]) -> Iterator[str]:
-    for each in cls.__mro__:
-        if "__init__" in vars(each) and each is not object:
-            yield from inspect.signature(each.__init__).parameters
+    for each in cls.__mro__[:-1]:
+        if "__init__" in vars(each):
+            yield from inspect.signature(vars(each)["__init__"]).parameters
 
 
 def hand_out_states(callback: Any, states: Mapping[str, Tree]) -> None:
@@ -284,12 +284,15 @@ def restore_attributes(callback: Any, states: Mapping[str, Tree]) -> None:
             value = unmap_tensors(from_tree(tree, getattr(member, attribute, None)), device)
             setattr(member, attribute, value)
         for attribute, tree in state.get("environments", {}).items():
-            _attempt(lambda m=member, a=attribute, t=tree: restore_state(getattr(m, a), t) if t else None)
+            _restore_environments(member, attribute, tree)
 
 
-def _attempt(restore: Callable[[], None]) -> None:
-    """An evaluation environment of another kind starts its episodes anew, as it would without a checkpoint."""
+def _restore_environments(callback: BaseCallback, attribute: str, tree: Tree) -> None:
+    """Evaluation environments of another kind begin new episodes, as they would without a checkpoint."""
+    env = getattr(callback, attribute, None)
+    if tree is None or not isinstance(env, VecEnv):
+        return
     try:
-        restore()
-    except (ValueError, AttributeError) as error:
-        warn_user(f"A callback's environments begin new episodes: {error}")
+        restore_state(env, tree)
+    except ValueError as error:
+        warn_user(f"`{attribute}` of {type(callback).__name__} begins new episodes: {error}")

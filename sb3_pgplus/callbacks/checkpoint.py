@@ -23,8 +23,8 @@ class CheckpointCallback(BaseCallback):
     """
     Write checkpoints for ``PPOPlus.resume``: at the beginning, every so many steps, at the end, and when asked to stop.
 
-    They are made between two iterations, the first time that is possible after ``every`` steps. Where the disk is full a
-    warning names the file, training goes on and older checkpoints stay.
+    They are made between two iterations, the first time that is possible after ``every`` steps. Where the disk is full
+    a warning names the file, training goes on and older checkpoints stay.
 
     :param path: folder for ``step-000010240.zip``, …; it must not hold checkpoints of another training
     :param every: environment steps from one checkpoint to the next; None: only when asked to stop
@@ -64,7 +64,7 @@ class CheckpointCallback(BaseCallback):
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, PolicyGradientPlus):
-            raise TypeError(f"checkpoints are made of PPOPlus, A2CPlus and TRPOPlus, not of {type(self.model).__name__}")
+            raise TypeError(f"checkpoints are for PPOPlus, A2CPlus and TRPOPlus, not for {type(self.model).__name__}")
         if self.every is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_leftovers(self.folder)
@@ -106,7 +106,8 @@ class CheckpointCallback(BaseCallback):
         """
         steps = self.model.num_timesteps
         self._look_for_best(callback)
-        if self._wants_best is not None or (steps != self._newest_steps and (self.is_asked_to_stop or self._is_due(steps))):
+        is_new = steps != self._newest_steps
+        if self._wants_best is not None or (is_new and (self.is_asked_to_stop or self._is_due(steps))):
             self._write(steps, callback)
         self._wants_best = None
         return not self.is_asked_to_stop

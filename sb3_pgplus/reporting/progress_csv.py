@@ -20,8 +20,8 @@ class ProgressCSV(CSVOutputFormat):
     overwrites it, and the rows of an interrupted training can be continued.
 
     :param path: the file
-    :param continue_at: steps of the checkpoint that training goes on from: later rows are cut off, because they will come
-        again; None: begin anew
+    :param continue_at: steps of the checkpoint that training goes on from: later rows are cut off, because they will
+        come again; None: begin anew
     """
 
     def __init__(self, path: Path, continue_at: int | None = None) -> None:
