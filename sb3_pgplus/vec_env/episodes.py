@@ -192,6 +192,10 @@ class EpisodeMonitor:
         self._rewards = np.empty((max(1024, 2 * len(rewards)), len(self.lengths)))
         self._rewards[: len(rewards)], self._row = rewards, len(rewards)
 
+    def abandon(self) -> None:
+        """The running episodes cannot go on: the next reset does not cut them short."""
+        self._started = False
+
     def close(self) -> None:
         """Close the files."""
         for writer in self._writers:

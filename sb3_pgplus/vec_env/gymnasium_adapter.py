@@ -164,6 +164,18 @@ class GymnasiumVecEnv(VecEnv):
             }
         return np.array(observations, dtype=self.observation_space.dtype)
 
+    def get_state(self) -> dict[str, Any]:
+        """:return: the statistics of the episodes; the vector environment has a state of its own"""
+        return {"episodes": self.episodes.get_state()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """
+        Undo :meth:`get_state`.
+
+        :param state: what it returned
+        """
+        self.episodes.set_state(state["episodes"])
+
     def close(self) -> None:
         """Close the vector environment."""
         self.env.close()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch as th
 from torch.utils.dlpack import from_dlpack
 
@@ -69,6 +70,34 @@ class JaxVecEnv(TensorVecEnv):
         inputs = jnp.from_dlpack(actions.detach().contiguous())
         self._key, self._state, self._ages, results = self._step(self._key, self._state, self._ages, inputs)
         return TensorStep(*map(_to_torch, results))
+
+    def get_state(self) -> dict[str, Any]:
+        """
+        :return: the states of the copies, their ages and the random key, as NumPy arrays; no states before a reset
+        :raises NotImplementedError: if the states have random keys in them
+        """
+        leaves = jax.tree.leaves(getattr(self, "_state", None))
+        if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves):
+            raise NotImplementedError("its states have random keys in them")
+        ages = np.array(self._ages) if leaves else None
+        return {"key": np.array(jax.random.key_data(self._key)), "leaves": [*map(np.array, leaves)], "ages": ages}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """
+        Undo :meth:`get_state`.
+
+        :param state: what it returned
+        :raises ValueError: if it is the state of another environment
+        """
+        self._key = jax.random.wrap_key_data(jnp.asarray(state["key"]), impl=jax.random.key_impl(self._key))
+        if state["ages"] is None:
+            return
+        expected, structure = jax.tree.flatten(jax.eval_shape(self._reset, self._key)[1])
+        shapes, given = [leaf.shape for leaf in expected], [leaf.shape for leaf in state["leaves"]]
+        if shapes != given:
+            raise ValueError(f"the state has arrays of shapes {given}, and {type(self.func_env).__name__} has {shapes}")
+        self._state = jax.tree.unflatten(structure, [*map(jnp.asarray, state["leaves"])])
+        self._ages = jnp.asarray(state["ages"])
 
 
 def _reset(func_env: Any, num_envs: int, key: Any) -> tuple[Any, Any, Any]:

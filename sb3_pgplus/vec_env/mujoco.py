@@ -214,7 +214,7 @@ class MujocoVecEnv(VecEnv):
         if self._states_before is not None:
             self._states_before[...] = rows if state["before"] is None else state["before"]
         self._lookat = {int(env): point.copy() for env, point in state["lookat"].items()}
-        self._generators = [generator_from(generator) for generator in state["generators"]]
+        self._generators = [None if tree is None else generator_from(tree) for tree in state["generators"]]
         self._was_reset = state["was_reset"]
         self.episodes.set_state(state["episodes"])
 

@@ -7,6 +7,7 @@ and NumPy scalars. It shares no memory with what it was made from.
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -100,20 +101,36 @@ def _fill(target: Any, tree: Mapping[str, Tree]) -> Any:
 # --- random generators ------------------------------------------------------------------------------------------------
 
 
-def generator_from(tree: Tree) -> np.random.Generator | None:
+def generator_from(tree: Tree) -> np.random.Generator:
     """
-    :param tree: of a generator, or None
+    :param tree: of a generator
     :return: a generator that draws what that one would have drawn
     :raises ValueError: if NumPy has no such generator
     """
-    if tree is None:
-        return None
     bit_generator = getattr(np.random, str(tree["bit_generator"]), None)
     if not (isinstance(bit_generator, type) and issubclass(bit_generator, np.random.BitGenerator)):
         raise ValueError(f"NumPy has no bit generator {tree['bit_generator']!r}")
     generator = np.random.Generator(bit_generator())
     generator.bit_generator.state = tree
     return generator
+
+
+def process_generators() -> Tree:
+    """:return: the state of Python's and NumPy's global generators in this process"""
+    version, numbers, gauss = random.getstate()
+    python = {"version": version, "numbers": np.array(numbers, dtype=np.int64), "gauss": gauss}
+    return {"python": python, "numpy": to_tree(dict(np.random.get_state(legacy=False)))}
+
+
+def set_process_generators(tree: Tree) -> None:
+    """
+    Undo :func:`process_generators`.
+
+    :param tree: what that returned
+    """
+    python = tree["python"]
+    random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
+    np.random.set_state(tree["numpy"])
 
 
 def space_to_tree(space: spaces.Space[Any] | None) -> Tree:
@@ -141,7 +158,8 @@ def restore_space(space: spaces.Space[Any] | None, tree: Tree) -> None:
     if len(parts) != len(tree or []):
         raise ValueError(f"the state has generators of {len(tree or [])} spaces, and {space} has {len(parts)} parts")
     for part, generator in zip(parts, tree or [], strict=True):
-        part._np_random = generator_from(generator)
+        if generator is not None:
+            part._np_random = generator_from(generator)
 
 
 def _parts_of(space: spaces.Space[Any]) -> Iterator[spaces.Space[Any]]:

@@ -7,18 +7,29 @@ What is stored is a plain tree (:mod:`sb3_pgplus.vec_env.state_trees`): nothing 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-import numpy as np
+from gymnasium.vector import SyncVectorEnv, VectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
-from sb3_pgplus.vec_env.serial import SerialVecEnv
-from sb3_pgplus.vec_env.state_layers import check_env, env_to_tree, kind_of, own_state, restore_env, restore_own
+from sb3_pgplus.vec_env.episodes import EpisodeMonitor
+from sb3_pgplus.vec_env.known_states import kind_of
+from sb3_pgplus.vec_env.state_layers import (
+    check_env,
+    env_to_tree,
+    kinds_of,
+    layer_to_tree,
+    restore_env,
+    restore_layer,
+)
 from sb3_pgplus.vec_env.state_trees import NotPlainError, Tree, from_tree, restore_space, space_to_tree, to_tree
 
 _FORMAT = 1
+#: Of a layer: what it is itself, each of its copies, Gymnasium's vector environment in it.
+_PARTS = ("own", "envs", "vector")
+_SPACES = ("action_space", "observation_space")
 
 
 def capture_state(env: VecEnv) -> tuple[dict[str, Tree] | None, list[str]]:
@@ -34,12 +45,12 @@ def capture_state(env: VecEnv) -> tuple[dict[str, Tree] | None, list[str]]:
     layers: list[dict[str, Tree]] = []
     reasons: list[str] = []
     for layer in _layers_of(env):
-        state, missing = _vec_state(layer)
+        tree, missing = _layer_to_tree(layer)
+        layers.append(tree)
         reasons += missing
-        layers.append({"kind": kind_of(layer), "state": state, "spaces": _spaces_to_tree(layer)})
     pending, missing = _pending_to_tree(env.unwrapped)
     reasons += missing
-    if all(layer["state"] is None for layer in layers):
+    if not any(layer[part] for layer in layers for part in _PARTS):
         return None, reasons
     head = {"format": _FORMAT, "n_envs": env.num_envs, "complete": not reasons}
     return head | {"layers": layers, "pending": pending}, reasons
@@ -59,18 +70,19 @@ def restore_state(env: VecEnv, state: dict[str, Tree]) -> None:
         raise ValueError(f"the state has format {state.get('format')!r}, and this version reads {_FORMAT}")
     if state["n_envs"] != env.num_envs:
         raise ValueError(f"the state is of {state['n_envs']} environments, and there are {env.num_envs}")
-    layers = [*_layers_of(env)]
-    kinds, expected = [*map(kind_of, layers)], [layer["kind"] for layer in state["layers"]]
+    kinds, expected = kinds_of(_layers_of(env)), [layer["kind"] for layer in state["layers"]]
     if kinds != expected:
         raise ValueError(f"the state is of {' around '.join(expected)}, not of {' around '.join(kinds)}")
-    for layer, saved in reversed([*zip(layers, state["layers"], strict=True)]):
-        _restore_vec(layer, saved["state"])
-        for name, space in saved["spaces"].items():
-            restore_space(getattr(layer, name), space)
+    for layer, saved in reversed([*zip(_layers_of(env), state["layers"], strict=True)]):
+        _restore_layer(layer, saved, restarts=not state["complete"])
     _restore_pending(env.unwrapped, state["pending"])
 
 
+# --- one layer --------------------------------------------------------------------------------------------------------
+
+
 def _layers_of(env: VecEnv) -> Iterator[Any]:
+    """The wrappers, the outermost first, and at last the environments."""
     layer: Any = env
     while isinstance(layer, VecEnvWrapper):
         yield layer
@@ -78,50 +90,62 @@ def _layers_of(env: VecEnv) -> Iterator[Any]:
     yield layer
 
 
-def _spaces_to_tree(layer: Any) -> dict[str, Tree]:
-    """Of the spaces that are this layer's own."""
-    inner = getattr(layer, "venv", None) if isinstance(layer, VecEnvWrapper) else None
-    names = ("action_space", "observation_space")
-    return {n: space_to_tree(getattr(layer, n)) for n in names if getattr(layer, n) is not getattr(inner, n, None)}
+def _layer_to_tree(layer: Any) -> tuple[dict[str, Tree], list[str]]:
+    own, reason = layer_to_tree(layer)
+    vector, missing = env_to_tree(layer.env) if _has_vector_env(layer) else (None, [])
+    envs = _envs_to_trees(layer)
+    inner = layer.venv if isinstance(layer, VecEnvWrapper) else None
+    names = [name for name in _SPACES if getattr(layer, name) is not getattr(inner, name, None)]
+    tree = {
+        "kind": kind_of(type(layer)),
+        "own": own,
+        "envs": [env for env, _ in envs],
+        "vector": vector,
+        "spaces": {name: space_to_tree(getattr(layer, name)) for name in names},
+    }
+    return tree, [*([] if reason is None else [reason]), *missing, *_merged(of_one for _, of_one in envs)]
 
 
-def _vec_state(layer: Any) -> tuple[Tree, list[str]]:
-    if type(layer) in (DummyVecEnv, SerialVecEnv):
-        return _single_envs_to_tree(layer)
-    state, reason = own_state(layer)
-    return state, [] if reason is None else [reason]
+def _restore_layer(layer: Any, tree: dict[str, Tree], restarts: bool) -> None:
+    if tree["envs"]:
+        _restore_envs(layer, tree["envs"], restarts)
+    if tree["vector"] is not None:
+        check_env(layer.env, tree["vector"])
+        restore_env(layer.env, tree["vector"], restarts)
+    restore_layer(layer, tree["own"], restarts)
+    if restarts and isinstance(vars(layer).get("episodes"), EpisodeMonitor):
+        layer.episodes.abandon()
+    for name, space in tree["spaces"].items():
+        restore_space(getattr(layer, name), space)
 
 
-def _restore_vec(layer: Any, tree: Tree) -> None:
-    if type(layer) in (DummyVecEnv, SerialVecEnv):
-        _restore_single_envs(layer, tree)
-    else:
-        restore_own(layer, tree)
+def _has_vector_env(layer: Any) -> bool:
+    return isinstance(vars(layer).get("env"), VectorEnv)
 
 
-# --- one Gymnasium environment per copy -------------------------------------------------------------------------------
+def _envs_of(layer: Any) -> Sequence[Any]:
+    """Gymnasium's environments in a vector environment, as far as this process has them."""
+    if isinstance(layer, DummyVecEnv):
+        return layer.envs
+    base: Any = layer.env.unwrapped if _has_vector_env(layer) else None
+    return base.envs if isinstance(base, SyncVectorEnv) else []
 
 
-def _single_envs_to_tree(env: DummyVecEnv) -> tuple[Tree, list[str]]:
-    envs, reasons = zip(*map(env_to_tree, env.envs), strict=True)
-    buffers = {"observations": [*env.buf_obs.values()], "dones": env.buf_dones, "rewards": env.buf_rews}
-    actions = to_tree(np.asarray(env.actions)) if hasattr(env, "actions") else None
-    return {"envs": [*envs], "buffers": to_tree(buffers), "actions": actions}, merge_reasons(reasons)
+def _envs_to_trees(layer: Any) -> list[tuple[Tree, list[str]]]:
+    if hasattr(type(layer), "envs_to_trees"):  # they are in other processes
+        return list(layer.envs_to_trees())
+    return [*map(env_to_tree, _envs_of(layer))]
 
 
-def _restore_single_envs(env: DummyVecEnv, tree: Tree) -> None:
-    for single, state in zip(env.envs, tree["envs"], strict=True):
-        check_env(single, state)
-    for single, state in zip(env.envs, tree["envs"], strict=True):
-        restore_env(single, state)
-    saved = tree["buffers"]
-    for array, values in zip(env.buf_obs.values(), saved["observations"], strict=True):
-        if array.shape != values.shape:
-            raise ValueError(f"the state has observations of shape {values.shape}, and these have {array.shape}")
-        array[...] = values
-    env.buf_dones[:], env.buf_rews[:] = saved["dones"], saved["rewards"]
-    if tree["actions"] is not None:
-        env.actions = from_tree(tree["actions"])
+def _restore_envs(layer: Any, trees: Sequence[Tree], restarts: bool) -> None:
+    if hasattr(type(layer), "restore_envs"):
+        layer.restore_envs(trees, restarts)
+        return
+    pairs = [*zip(_envs_of(layer), trees, strict=True)]
+    for env, tree in pairs:
+        check_env(env, tree)
+    for env, tree in pairs:
+        restore_env(env, tree, restarts)
 
 
 # --- what all have ----------------------------------------------------------------------------------------------------
@@ -151,12 +175,8 @@ def _plain_info(info: Mapping[str, Any]) -> dict[str, Tree]:
     return kept
 
 
-def merge_reasons(reasons: Any) -> list[str]:
-    """
-    Say once what is the same for several environments.
-
-    :param reasons: of each environment
-    """
+def _merged(reasons: Iterable[list[str]]) -> list[str]:
+    """The reasons of each environment; what is the same for several is said once."""
     where: dict[str, list[int]] = {}
     for index, of_one in enumerate(reasons):
         for reason in of_one:

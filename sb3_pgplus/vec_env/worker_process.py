@@ -29,6 +29,8 @@ from stable_baselines3.common.vec_env.util import obs_space_info
 
 from sb3_pgplus.vec_env.common import Array
 from sb3_pgplus.vec_env.shared_arrays import ArraySpec, SharedArrays
+from sb3_pgplus.vec_env.state_layers import check_env, env_to_tree, restore_env
+from sb3_pgplus.vec_env.state_trees import Tree, process_generators, set_process_generators
 
 STEP, CLOSE = b"s", b"c"
 DONE, FAILED = b"+", b"-"
@@ -249,6 +251,24 @@ class Worker:
     def render(self, indices: Sequence[int]) -> list[Any]:
         """Render some environments."""
         return [env.render() for _, env in self._each(indices)]
+
+    def envs_to_trees(self, indices: Sequence[int]) -> list[tuple[Tree, list[str]]]:
+        """Take the state of some environments; the first has the random generators of this process with it."""
+        answers = [env_to_tree(env) for _, env in self._each(indices)]
+        answers[0][0]["process"] = process_generators()
+        return answers
+
+    def restore_envs(self, trees: Sequence[Tree], restarts: bool) -> None:
+        """Put all environments into a state."""
+        pairs = [*zip(self._indices, trees, strict=True)]
+        for index, tree in pairs:
+            self._begin(index)
+            check_env(self.envs[index - self._first], tree)
+        for index, tree in pairs:
+            self._begin(index)
+            restore_env(self.envs[index - self._first], tree, restarts)
+        if "process" in trees[0]:
+            set_process_generators(trees[0]["process"])
 
 
 def run_worker(pipe: Connection, env_fns: Sequence[bytes], first: int, progress: Any, full_infos: bool) -> None:

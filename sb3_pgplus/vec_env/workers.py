@@ -270,6 +270,27 @@ class WorkersVecEnv(VecEnv):
             return [None] * self.num_envs
         return self._call("render", None)
 
+    def envs_to_trees(self) -> list[tuple[Any, list[str]]]:
+        """
+        :return: the state of each environment and what is missing in it, see :mod:`sb3_pgplus.vec_env.states`
+        :raises RuntimeError: in the middle of a step
+        """
+        if self._waiting:
+            raise RuntimeError("the environments are in the middle of a step: call step_wait() first")
+        return self._call("envs_to_trees", None)
+
+    def restore_envs(self, trees: Sequence[Any], restarts: bool) -> None:
+        """
+        Undo :meth:`envs_to_trees`.
+
+        :param trees: the state of each environment
+        :param restarts: whether the running episodes cannot go on
+        :raises ValueError: if it is of another kind of environment
+        """
+        requests = {worker: (trees[envs.start : envs.stop], restarts) for worker, envs in enumerate(self._envs_of)}
+        for reply in self._ask("restore_envs", requests).values():
+            self._result(reply, raise_original=True)
+
     def _call(self, method: str, indices: Indices, *arguments: Any) -> list[Any]:
         """Ask the workers of some environments something, and return the answers in the environments' order."""
         chosen = indices_of(indices, self._envs_of[-1].stop)
