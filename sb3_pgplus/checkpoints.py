@@ -105,7 +105,7 @@ def verify(path: Path) -> None:
 def _verify(content: bytes, path: Path) -> None:
     content, digest = content[:-_N_DIGITS], content[-_N_DIGITS:]
     if not content.endswith(_LABEL):
-        if zipfile.is_zipfile(io.BytesIO(content + digest)) and _LABEL not in content:
+        if TREE.encode() not in content and zipfile.is_zipfile(io.BytesIO(content + digest)):
             raise CheckpointError(f"{path} is no checkpoint (a model that was saved? Use load() for that)")
         raise CheckpointError(f"{path} is damaged: it is cut off or was never a checkpoint")
     if _digest(content) != digest:

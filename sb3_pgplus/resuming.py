@@ -80,9 +80,7 @@ class Resuming(_Base):
         found = checkpoints.find(Path(path))
         state = found.state
         if state["algorithm"] != cls.__name__:
-            raise CheckpointError(
-                f"{found.path} is of {state['algorithm']}: resume it with that class"
-            )
+            raise CheckpointError(f"{found.path} is of {state['algorithm']}: resume it with that class")
         env = _environments(found) if env is None else env
         n_envs = getattr(env, "num_envs", 1)
         if n_envs != state["n_envs"]:

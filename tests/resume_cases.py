@@ -1,8 +1,11 @@
 """Trainings that are interrupted and resumed, and everything of them that has to be equal afterwards."""
 
 import csv
+import math
+import multiprocessing
 import os
 import signal
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,8 @@ class DictPoint(gym.Env[dict[str, Any], Any]):
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         self._steps += 1
-        self._point += (self.np_random.normal(size=2) + [action - 1, 0]).astype(np.float32)
+        push = np.array([action - 1, 0])
+        self._point += (self.np_random.normal(size=2) + push).astype(np.float32)
         ended, cut = self._steps >= 7 and self._episodes % 2 == 0, self._steps >= 7 and self._episodes % 2 == 1
         return self._observation(), -float(self._point[0] ** 2), ended, cut, {}
 
@@ -115,6 +119,53 @@ def train_or_resume(settings: RunSettings, folder: Path, every: int, dies_at: tu
             path.rmdir() if path.is_dir() else path.unlink()
     out, resume = (None, folder) if begun else (folder, None)
     train(settings, out=out, resume=resume, device="cpu", eval_episodes=0, checkpoint_freq=every)
+
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([__name__])  # torch is imported once, and not by a process with threads
+
+
+def process_of(
+    settings: RunSettings, folder: Path, every: int, dies_at: tuple[str, int] | None = None
+) -> multiprocessing.process.BaseProcess:
+    """:func:`train_or_resume` in a process of its own, started."""
+    process = _CONTEXT.Process(target=train_or_resume, args=(settings, folder, every, dies_at), daemon=True)
+    process.start()
+    return process
+
+
+def killed(settings: RunSettings, folder: Path, every: int, seconds: float) -> bool:
+    """
+    Begin a run or go on with it, and kill it after some time.
+
+    :return: whether it was still running; if not, it has ended well
+    """
+    process = process_of(settings, folder, every)
+    process.join(seconds)
+    was_running = process.is_alive()
+    process.kill()
+    process.join()
+    assert process.exitcode in ((0, -signal.SIGKILL) if was_running else (0,)), process.exitcode
+    return process.exitcode != 0
+
+
+def finish(settings: RunSettings, folder: Path, every: int) -> None:
+    """Begin a run or go on with it until its end."""
+    process = process_of(settings, folder, every)
+    process.join(300)
+    assert process.exitcode == 0, process.exitcode
+
+
+def finish_unless_finished(settings: RunSettings, folder: Path, every: int) -> None:
+    """:func:`finish`, unless the kill came when all was done."""
+    done = checkpoints.in_folder(RunFolder(folder).checkpoints)
+    if not (done and checkpoints.steps_of(done[0]) >= settings.n_timesteps and RunFolder(folder).model.is_file()):
+        finish(settings, folder, every)
+
+
+def seed_of(text: str) -> int:
+    """A number that depends on a text alone."""
+    return zlib.crc32(text.encode())
 
 
 #: Functions of ``os`` that write_atomically calls, and whether the process dies before or after.
@@ -187,15 +238,13 @@ def assert_same(first: Path, second: Path) -> None:
 
 
 def _both_nan(a: Any, b: Any) -> bool:
-    return bool(a != a and b != b)
+    return all(isinstance(value, float) and math.isnan(value) for value in (a, b))
 
 
 def rows(path: Path) -> list[dict[str, str]]:
     """Of a CSV file, without columns of times."""
     with path.open(encoding="utf-8", newline="") as file:
-        return [
-            {k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)
-        ]
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
 TIMES = {"time/fps", "time/time_elapsed", "time/rollout_fps", "time/update_seconds", "seconds"}

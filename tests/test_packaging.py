@@ -32,13 +32,14 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
     frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
     | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "sampling"})
-    | frozenset({"tracing", "vec_env"}),
-    frozenset({"building", "construction", "persistence", "rollouts", "updates"}),  # parts of on_policy
+    | frozenset({"tracing", "vec_env", "callback_tree", "checkpoints"}),
+    frozenset({"building", "construction", "persistence", "rollouts", "updates"})  # parts of on_policy
+    | frozenset({"resuming", "training_state"}),
     frozenset({"on_policy"}),
     frozenset({"a2c", "ppo", "trpo"}),
     frozenset({FACADE}),
     frozenset({"configs", "environments", "playing", "training", "run_folder", "callbacks", "reporting"})
-    | frozenset({"profiling", "tuning", "zoo", "cli"}),
+    | frozenset({"profiling", "tuning", "zoo", "cli", "interruptions", "resumed_runs"}),
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 ALGORITHMS = ("a2c", "ppo", "trpo")

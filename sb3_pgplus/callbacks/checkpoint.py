@@ -197,6 +197,6 @@ def _whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a whole number of at least 1, got {value!r}")
     number = float(value)
-    if not (number >= 1 and number == math.floor(number) < math.inf):
+    if not (number >= 1 and number.is_integer()):
         raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
     return int(number)
