@@ -1,5 +1,5 @@
 """
-Kill trainings with SIGKILL at random moments, resume them, and compare their ends with uninterrupted ones, bit for bit.
+Kill trainings with SIGKILL at random moments, resume them, and compare their ends with uninterrupted ones bit for bit.
 
 ``python tests/resume/kill_and_resume.py`` takes about an hour on a quiet machine. A finished case is stored at once, and
 a later call goes on with the rest. ``--again`` forgets what is stored, after a change of the code.
