@@ -12,10 +12,34 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from stable_baselines3.common.vec_env import VecEnv
+import torch as th
+from gymnasium import wrappers
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.atari_wrappers import ClipRewardEnv, MaxAndSkipEnv, WarpFrame
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnv, IdentityEnvBox, SimpleMultiObsEnv
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecCheckNan,
+    VecEnv,
+    VecEnvWrapper,
+    VecExtractDictObs,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+    VecTransposeImage,
+)
 
 from sb3_pgplus import make_vec_env
+from sb3_pgplus.vec_env import GymnasiumVecEnv
 from sb3_pgplus.vec_env.states import capture_state, restore_state
+from sb3_pgplus.vec_env.tensors import TensorStep, TensorVecEnv
+
+try:
+    from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
+except gym.error.DependencyNotInstalled:
+    HopperEnv = None  # type: ignore[assignment,misc]  # the tests that need it are skipped
 
 CLASSIC = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1")
 MUJOCO = ("HalfCheetah", "Hopper", "Walker2d", "Swimmer", "Ant", "Humanoid", "HumanoidStandup", "Reacher", "Pusher")
@@ -175,3 +199,435 @@ def test_an_unknown_environment_gives_a_reason_and_its_episode_restarts() -> Non
     # Statistics and random numbers go on, and the new episodes are those that would have come next.
     assert restored.get_attr("episode_lengths") == [[5], [5]] and restored.get_attr("total_steps") == [8, 8]
     assert_same(restored.reset(), original.reset())
+
+
+# --- wrappers and other environments ----------------------------------------------------------------------------------
+
+
+def limited(build: Callable[[], gym.Env[Any, Any]], limit: int = 17) -> Callable[[int], VecEnv]:
+    """Two copies in a time limit and a Monitor, seeded."""
+
+    def vec_env(seed: int) -> VecEnv:
+        env = DummyVecEnv([lambda: Monitor(wrappers.TimeLimit(build(), limit)) for _ in range(2)])
+        env.seed(seed)
+        env.action_space.seed(seed)
+        return env
+
+    return vec_env
+
+
+def cart_pole() -> gym.Env[Any, Any]:
+    return gym.make("CartPole-v1", max_episode_steps=17)
+
+
+def pendulum() -> gym.Env[Any, Any]:
+    return gym.make("Pendulum-v1", max_episode_steps=17)
+
+
+WRAPPED: dict[str, Callable[[], gym.Env[Any, Any]]] = {
+    "FrameStackObservation": lambda: wrappers.FrameStackObservation(pendulum(), 4),
+    "FrameStackObservation zero": lambda: wrappers.FrameStackObservation(pendulum(), 4, padding_type="zero"),
+    "DelayObservation": lambda: wrappers.DelayObservation(pendulum(), 3),
+    "TimeAwareObservation": lambda: wrappers.TimeAwareObservation(pendulum()),
+    "NormalizeObservation": lambda: wrappers.NormalizeObservation(pendulum()),
+    "NormalizeReward": lambda: wrappers.NormalizeReward(pendulum()),
+    "MaxAndSkipObservation": lambda: wrappers.MaxAndSkipObservation(pendulum(), 2),
+    "StickyAction": lambda: wrappers.StickyAction(pendulum(), 0.4, (2, 4)),
+    "RepeatAction": lambda: wrappers.RepeatAction(pendulum(), 2),
+    "RecordEpisodeStatistics": lambda: wrappers.RecordEpisodeStatistics(pendulum(), stats_key="statistics"),
+    "RescaleAction": lambda: wrappers.RescaleAction(pendulum(), np.float32(-1), np.float32(1)),
+    "ClipAction": lambda: wrappers.ClipAction(pendulum()),
+    "FlattenObservation": lambda: wrappers.FlattenObservation(wrappers.FrameStackObservation(pendulum(), 2)),
+    "TransformReward": lambda: wrappers.TransformReward(pendulum(), lambda reward: reward / 10),
+    "ClipReward": lambda: wrappers.ClipReward(pendulum(), -1, 1),
+    "DtypeObservation": lambda: wrappers.DtypeObservation(pendulum(), np.float64),
+    "AddRenderObservation": lambda: wrappers.ResizeObservation(
+        wrappers.AddRenderObservation(gym.make("Pendulum-v1", render_mode="rgb_array")), (24, 24)
+    ),
+    "FrozenLake": lambda: gym.make("FrozenLake-v1"),
+    "CliffWalking": lambda: gym.make("CliffWalking-v1", is_slippery=True),
+    "Taxi": lambda: gym.make("Taxi-v4", is_rainy=True, fickle_passenger=True),
+    "Blackjack": lambda: gym.make("Blackjack-v1"),
+    "IdentityEnv": lambda: IdentityEnv(dim=4, ep_length=9),
+    "IdentityEnvBox": lambda: IdentityEnvBox(ep_length=9),
+    "SimpleMultiObsEnv": lambda: SimpleMultiObsEnv(random_start=False),
+    "FakeImageEnv": FakeImageEnv,  # samples its observation space
+    "WarpFrame": lambda: ClipRewardEnv(WarpFrame(MaxAndSkipEnv(FakeImageEnv(40, 40, 3), 2), 24, 24)),
+    "BitFlippingEnv": lambda: BitFlippingEnv(n_bits=4),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_and_other_environments_go_on_bit_for_bit(name: str) -> None:
+    assert_goes_on(limited(WRAPPED[name]))
+
+
+@pytest.mark.parametrize("version", ["Ant-v4", "Humanoid-v4", "Reacher-v4"])
+def test_the_older_mujoco_tasks_go_on_bit_for_bit(version: str) -> None:
+    assert_goes_on(limited(lambda: gym.make(version), 9), 12, 20)
+
+
+VEC_WRAPPED: dict[str, Callable[[VecEnv], VecEnv]] = {
+    "VecMonitor": VecMonitor,
+    "VecNormalize": VecNormalize,
+    "VecNormalize without rewards": lambda env: VecNormalize(env, norm_reward=False),
+    "VecFrameStack": lambda env: VecFrameStack(env, 3),
+    "VecCheckNan": VecCheckNan,
+    "all": lambda env: VecCheckNan(VecFrameStack(VecNormalize(VecMonitor(env)), 2)),
+}
+
+
+@pytest.mark.parametrize("name", VEC_WRAPPED)
+@pytest.mark.filterwarnings("ignore:The environment is already wrapped with a `Monitor`")
+def test_wrapped_vector_environments_go_on_bit_for_bit(name: str) -> None:
+    assert_goes_on(lambda seed: VEC_WRAPPED[name](limited(pendulum)(seed)))
+
+
+@pytest.mark.parametrize("wrap", [VecNormalize, lambda env: VecFrameStack(env, 2), VecTransposeImage])
+def test_wrapped_dict_observations_go_on_bit_for_bit(wrap: Callable[[VecEnv], VecEnv]) -> None:
+    assert_goes_on(lambda seed: wrap(limited(lambda: SimpleMultiObsEnv(random_start=False, channel_last=True))(seed)))
+    assert_goes_on(lambda seed: VecExtractDictObs(limited(lambda: SimpleMultiObsEnv(random_start=False))(seed), "vec"))
+
+
+# --- other backends ---------------------------------------------------------------------------------------------------
+
+
+class RandomStart(gym.Wrapper[Any, Any, Any, Any]):
+    """Draws from NumPy's global generator, as some environments do. It has no state of its own."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        observation, info = self.env.reset(**kwargs)
+        return observation + np.float32(np.random.random()), info
+
+
+#: Quick to start, where there are no threads that it could break.
+FORKED: dict[str, Any] = {"vec_env_kwargs": {"start_method": "fork"}}
+
+
+def test_workers_go_on_bit_for_bit_with_the_generators_of_their_processes() -> None:
+    settings: dict[str, Any] = {"env_kwargs": {"max_episode_steps": 13}, "wrapper_class": RandomStart, **FORKED}
+    assert_goes_on(
+        lambda seed: make_vec_env("Pendulum-v1", 3, seed=seed, backend="workers", n_threads=2, **settings), 20, 30
+    )
+
+
+def test_workers_refuse_the_state_of_other_environments_and_live_on() -> None:
+    env, other = (make_vec_env(name, 2, seed=0, backend="workers", **FORKED) for name in ("CartPole-v1", "Acrobot-v1"))
+    state, _ = capture_state(env)
+    assert state is not None
+    with pytest.raises(ValueError, match="AcrobotEnv"):
+        restore_state(other, state)
+    other.reset()
+    other.step_async(np.zeros(2, dtype=np.int64))
+    with pytest.raises(RuntimeError, match="middle of a step"):
+        capture_state(other)
+    other.step_wait()
+    env.close()
+    other.close()
+
+
+@pytest.mark.parametrize("mode", [*AutoresetMode])
+def test_gymnasiums_vector_environments_go_on_bit_for_bit(mode: AutoresetMode) -> None:
+    def build(seed: int) -> VecEnv:
+        settings: Any = {"vectorization_mode": "sync", "vector_kwargs": {"autoreset_mode": mode}}
+        env = GymnasiumVecEnv(gym.make_vec("CartPole-v1", 3, max_episode_steps=17, **settings))
+        env.seed(seed)
+        env.action_space.seed(seed)
+        return env
+
+    assert_goes_on(build)
+
+
+def test_wrappers_around_gymnasiums_vector_environments_go_on_bit_for_bit() -> None:
+    def build(seed: int) -> VecEnv:
+        vector_env = gym.make_vec("Pendulum-v1", 3, max_episode_steps=17, vectorization_mode="sync")
+        wrapped = wrappers.vector.NormalizeObservation(wrappers.vector.RecordEpisodeStatistics(vector_env))
+        env = GymnasiumVecEnv(wrappers.vector.NormalizeReward(wrapped))
+        env.seed(seed)
+        env.action_space.seed(seed)
+        return env
+
+    assert_goes_on(build)
+
+
+def test_a_native_vector_environment_goes_on_bit_for_bit() -> None:
+    def build(seed: int) -> VecEnv:
+        # A time limit shorter than the pole takes to fall: all episodes end at once, so that no mask is needed.
+        env = GymnasiumVecEnv(gym.make_vec("CartPole-v1", 2, "vector_entry_point", max_episode_steps=6))
+        env.seed(seed)
+        env.action_space.seed(seed)
+        return env
+
+    assert_goes_on(build, 15, 20)
+
+
+class Fall(TensorVecEnv):
+    """Falls until it is below zero, from a random height."""
+
+    def __init__(self, num_envs: int) -> None:
+        super().__init__(num_envs, gym.spaces.Box(-9, 9, (1,)), gym.spaces.Box(0, 1, (1,)))
+        self.random = th.Generator()
+
+    def reset_tensors(self, seed: int | None) -> th.Tensor:
+        self.height = self._start()
+        return self.height
+
+    def _start(self) -> th.Tensor:
+        return 5 * th.rand(self.num_envs, 1, generator=self.random)
+
+    def step_tensors(self, actions: th.Tensor) -> TensorStep:
+        below = self.height - actions
+        ended = below[:, 0] < 0
+        self.height = th.where(ended[:, None], self._start(), below)
+        return TensorStep(self.height, below[:, 0], ended, th.zeros_like(ended), below)
+
+
+class TellingFall(Fall):
+    """With ``get_state`` and ``set_state``."""
+
+    def get_state(self) -> Any:
+        return {"height": self.height.numpy(), "random": self.random.get_state().numpy()}
+
+    def set_state(self, state: Any) -> None:
+        self.height = th.from_numpy(state["height"])
+        self.random.set_state(th.from_numpy(state["random"]))
+
+
+def test_tensors_go_on_bit_for_bit_where_the_simulator_tells_its_state() -> None:
+    def build(seed: int) -> VecEnv:
+        env = TellingFall(3)
+        env.action_space.seed(seed)
+        return env
+
+    assert_goes_on(build)
+    reason = reasons_of(Fall(2))
+    assert "Fall" in reason and "get_state" in reason
+
+
+# --- states of one's own ----------------------------------------------------------------------------------------------
+
+
+class Walk(gym.Env[Any, Any]):
+    """A random walk that keeps its position and the path so far, and says so."""
+
+    def __init__(self) -> None:
+        self.observation_space = gym.spaces.Box(-100, 100, (1,))
+        self.action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.position = self.np_random.normal()
+        self.path: dict[int, float] = {}
+        return self.observe(), {}
+
+    def step(self, action: Any) -> Any:
+        self.position += 2 * int(action) - 1 + self.np_random.normal()
+        self.path[len(self.path)] = self.position
+        return self.observe(), sum(self.path.values()), abs(self.position) > 5, False, {}
+
+    def observe(self) -> Any:
+        return np.array([self.position], dtype=np.float32)
+
+
+class TellingWalk(Walk):
+    """With ``get_state`` and ``set_state``."""
+
+    def get_state(self) -> Any:
+        return {"position": self.position, "path": [*self.path.values()]}
+
+    def set_state(self, state: Any) -> None:
+        self.position, self.path = state["position"], dict(enumerate(state["path"]))
+
+
+class Averaging(gym.ObservationWrapper[Any, Any, Any]):
+    """A wrapper with a state."""
+
+    average = 0.0
+
+    def observation(self, observation: Any) -> Any:
+        self.average = 0.9 * self.average + 0.1 * float(observation[0])
+        return observation - np.float32(self.average)
+
+    def get_state(self) -> Any:
+        return {"average": self.average}
+
+    def set_state(self, state: Any) -> None:
+        self.average = state["average"]
+
+
+class Summing(VecEnvWrapper):
+    """A wrapper around a vector environment, with a state."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.sums = np.zeros(venv.num_envs)
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self.sums += rewards
+        return observations, rewards + self.sums, dones, infos
+
+    def get_state(self) -> Any:
+        return {"sums": self.sums}
+
+    def set_state(self, state: Any) -> None:
+        self.sums = state["sums"]
+
+
+class Hopping(HopperEnv if HopperEnv else object):  # type: ignore[misc]  # without MuJoCo there is no such class
+    """A MuJoCo task with a state besides the simulation's; ``set_state`` is MuJoCo's own, too."""
+
+    pushes = 0
+
+    def step(self, action: Any) -> Any:
+        self.pushes += 1
+        return super().step(action * np.cos(self.pushes))
+
+    def get_state(self) -> Any:
+        return {"pushes": self.pushes}
+
+    def set_state(self, *state: Any) -> None:
+        if len(state) == 2:
+            super().set_state(*state)
+        else:
+            self.pushes = state[0]["pushes"]
+
+
+def test_environments_and_wrappers_that_tell_their_state_go_on_bit_for_bit() -> None:
+    assert_goes_on(lambda seed: Summing(limited(lambda: Averaging(TellingWalk()))(seed)))
+
+
+def test_a_mujoco_environment_adds_its_own_state_to_the_simulations() -> None:
+    pytest.importorskip("mujoco")
+    assert_goes_on(limited(Hopping, 30), 20, 60)
+
+
+def test_the_state_does_not_change_with_the_environment_nor_the_environment_with_it() -> None:
+    env = Summing(limited(TellingWalk)(3))
+    env.reset()
+    actions = random_actions(env, 12, seed=0)
+    steps(env, actions[:6])
+    state, _ = capture_state(env)
+    assert state is not None
+    before = copy.deepcopy(state)
+    steps(env, actions[6:])
+    assert_same(state, before)
+    restore_state(env, state)
+    steps(env, actions[6:])
+    assert_same(state, before)
+
+
+# --- where there is none ----------------------------------------------------------------------------------------------
+
+
+def reasons_of(env: VecEnv) -> str:
+    state, reasons = capture_state(env)
+    assert state is None or state["complete"] is (not reasons)
+    env.close()
+    return " ".join(reasons)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "package", "words"),
+    [("LunarLander-v3", "Box2D", "Box2D"), ("ALE/Pong-v5", "ale_py", "screen")],
+)
+def test_what_cannot_be_had_is_said(env_id: str, package: str, words: str) -> None:
+    module = pytest.importorskip(package)
+    if package == "ale_py":
+        gym.register_envs(module)
+    assert words in reasons_of(make_vec_env(env_id, 1, backend="dummy"))
+
+
+def test_other_processes_of_other_libraries_are_said_to_have_none() -> None:
+    assert "'workers'" in reasons_of(SubprocVecEnv([cart_pole], start_method="fork"))
+    assert "'workers'" in reasons_of(GymnasiumVecEnv(gym.make_vec("CartPole-v1", 1, vectorization_mode="async")))
+
+
+def test_a_subclass_without_state_is_as_its_base_and_one_with_state_is_not() -> None:
+    class Scaled(gym.RewardWrapper[Any, Any]):
+        def __init__(self, env: Any, scale: float) -> None:
+            super().__init__(env)
+            self.scale = scale
+
+        def reward(self, reward: Any) -> Any:
+            return reward * self.scale
+
+    class Counting(Scaled):
+        def reward(self, reward: Any) -> Any:
+            self.scale += 1
+            return reward * self.scale
+
+    class Keeping(Scaled):
+        def __init__(self, env: Any) -> None:
+            super().__init__(env, 1.0)
+            self.kept: list[Any] = []
+
+    class Tuned(gym.Wrapper[Any, Any, Any, Any]):
+        def reset(self, **kwargs: Any) -> Any:
+            self.unwrapped.gravity = self.unwrapped.np_random.uniform(9, 10)
+            return self.env.reset(**kwargs)
+
+    assert_goes_on(limited(lambda: Scaled(pendulum(), 3.0)))
+    for build, why in {
+        lambda: Counting(pendulum(), 1.0): "Counting.reward stores something in reward()",
+        lambda: Keeping(pendulum()): "Keeping.__init__ stores kept, which is a list",
+        lambda: Tuned(cart_pole()): "Tuned.reset stores something in reset()",
+    }.items():
+        assert why in reasons_of(limited(build)(0))
+
+
+def test_functions_given_to_wrappers_are_looked_at() -> None:
+    seen: list[float] = []
+    scale = 0.1
+
+    def remembering(reward: Any) -> Any:
+        seen.append(float(reward))
+        return reward
+
+    assert_goes_on(limited(lambda: wrappers.TransformReward(pendulum(), lambda reward: scale * reward)))
+    reason = reasons_of(limited(lambda: wrappers.TransformReward(pendulum(), remembering))(0))
+    assert "has a function func that may keep something: it uses append" in reason
+
+
+# --- at the end, since nothing should be forked after JAX was imported ------------------------------------------------
+
+
+def test_tensors_from_jax_go_on_bit_for_bit() -> None:
+    jax = pytest.importorskip("jax")
+    from gymnasium.experimental.functional import FuncEnv
+
+    from sb3_pgplus.vec_env.jax_adapter import JaxVecEnv
+
+    class Drift(FuncEnv):  # type: ignore[misc,type-arg]  # its type parameters need JAX's types
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+        action_space = gym.spaces.Box(-1, 1, (2,))
+
+        def initial(self, rng: Any, params: Any = None) -> Any:
+            return {"position": jax.random.normal(rng, (2,)), "age": 0}
+
+        def transition(self, state: Any, action: Any, rng: Any, params: Any = None) -> Any:
+            noise = jax.random.normal(rng, (2,))
+            return {"position": state["position"] + action + noise, "age": state["age"] + 1}
+
+        def observation(self, state: Any, rng: Any, params: Any = None) -> Any:
+            return state["position"]
+
+        def reward(self, state: Any, action: Any, next_state: Any, rng: Any, params: Any = None) -> Any:
+            return next_state["position"].sum() * next_state["age"]
+
+        def terminal(self, state: Any, rng: Any, params: Any = None) -> Any:
+            return abs(state["position"]).max() > 5
+
+    compiled = JaxVecEnv(Drift(), 3, max_episode_steps=13)  # once, which takes seconds
+
+    def build(seed: int) -> VecEnv:
+        env = JaxVecEnv(Drift(), 3, max_episode_steps=13, seed=seed)
+        env._reset, env._step = compiled._reset, compiled._step
+        env.action_space = copy.deepcopy(env.action_space)  # a class attribute otherwise, shared by all
+        env.action_space.seed(seed)
+        return env
+
+    assert_goes_on(build)

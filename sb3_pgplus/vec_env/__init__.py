@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sb3_pgplus.vec_env.envpool import EnvpoolVecEnv
     from sb3_pgplus.vec_env.gymnasium_adapter import GymnasiumVecEnv
     from sb3_pgplus.vec_env.mujoco import MujocoVecEnv
+    from sb3_pgplus.vec_env.states import capture_state, restore_state
     from sb3_pgplus.vec_env.tensors import TensorVecEnv
     from sb3_pgplus.vec_env.workers import WorkersVecEnv
 
@@ -19,7 +20,9 @@ __all__ = [
     "TensorVecEnv",
     "WorkersVecEnv",
     "backend_of",
+    "capture_state",
     "make_vec_env",
+    "restore_state",
 ]
 
 #: Imported when they are asked for: not everybody needs them, or has what they need.
@@ -30,6 +33,8 @@ _MODULES = {
     "MujocoVecEnv": "mujoco",
     "TensorVecEnv": "tensors",
     "WorkersVecEnv": "workers",
+    "capture_state": "states",
+    "restore_state": "states",
 }
 
 

@@ -1,4 +1,4 @@
-"""Where classes of Gymnasium, Stable-Baselines3, sb3-contrib, RL Zoo and ALE keep what changes from step to step."""
+"""Where classes of Gymnasium, Stable-Baselines3, sb3-contrib and RL Zoo keep what changes from step to step."""
 
 from __future__ import annotations
 
@@ -82,16 +82,6 @@ def _restore_checker(layer: Any, tree: Tree) -> None:
     layer.checked_reset, layer.checked_render = tree["checked_reset"], tree["checked_render"]
     layer.checked_step = layer.checked_data_reuse = tree["checked_reset"]
     layer._previous_data = None
-
-
-def _emulator_to_tree(env: Any) -> Tree:
-    return np.frombuffer(env.clone_state(include_rng=True).serialize(), dtype=np.uint8)
-
-
-def _restore_emulator(env: Any, tree: Tree) -> None:
-    import ale_py
-
-    env.restore_state(ale_py.ALEState(tree.tobytes()))
 
 
 def _buffers_to_tree(env: Any) -> Tree:
@@ -216,7 +206,6 @@ _MODULES: dict[str, dict[str, Known]] = {
         "BlackjackEnv": Known(("dealer", "player", "dealer_top_card_suit", "dealer_top_card_value_str")),
     },
     "gymnasium.envs.mujoco.mujoco_env": {"MujocoEnv": _MUJOCO},
-    "ale_py.env": {"AtariEnv": Known(extra=(_emulator_to_tree, _restore_emulator))},
     "stable_baselines3.common.monitor": {"Monitor": _MONITOR},
     "stable_baselines3.common.atari_wrappers": {
         "StickyActionEnv": Known(("_sticky_action",)),
@@ -285,6 +274,7 @@ KNOWN: dict[str, Known] = {
 
 IMPOSSIBLE: Mapping[str, str] = {
     "gymnasium.envs.box2d.": "Box2D's physics cannot be put back into a state exactly",
+    "ale_py.": "the emulator's state lacks its screen, parts of which games leave as it was, and the action it repeats",
     "gymnasium.vector.async_vector_env": "its environments are in other processes. vectorization_mode='sync' and the "
     "backend 'workers' give theirs",
     "stable_baselines3.common.vec_env.subproc_vec_env": "its environments are in other processes, which do not answer "
