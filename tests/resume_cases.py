@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import signal
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
-from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, checkpoints, files, make_vec_env
+from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, checkpoints, make_vec_env
 from sb3_pgplus.configs import EnvironmentSpec, RunSettings
 from sb3_pgplus.run_folder import RunFolder
 from sb3_pgplus.training import train
@@ -122,7 +123,8 @@ def train_or_resume(settings: RunSettings, folder: Path, every: int, dies_at: tu
 
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__])  # torch is imported once, and not by a process with threads
+# What takes seconds to import is imported once, by a process without threads.
+_CONTEXT.set_forkserver_preload([__name__, "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 
 def process_of(
@@ -168,26 +170,41 @@ def seed_of(text: str) -> int:
     return zlib.crc32(text.encode())
 
 
-#: Functions of ``os`` that write_atomically calls, and whether the process dies before or after.
-PLACES = {"half written": ("fsync", 0), "written": ("replace", 0), "in place": ("replace", 1)}
+#: Where write_atomically can die: the function of ``os`` that it calls there, and whether before or after.
+PLACES = {"half written": ("fsync", "before"), "written": ("replace", "before"), "in place": ("replace", "after")}
 
 
 def _die_while_writing(place: str, times: int) -> None:
-    name, after = PLACES[place]
-    real, passed = getattr(os, name), iter(range(times, -1, -1))
+    """
+    Have SIGKILL come in the middle of writing a checkpoint.
+
+    :param place: of :data:`PLACES`
+    :param times: how many checkpoints are written well before
+    """
+    name, when = PLACES[place]
+    real, make_file, handles, left = getattr(os, name), tempfile.mkstemp, set(), [times]
+
+    def mkstemp(**arguments: Any) -> tuple[int, str]:
+        handle, path = make_file(**arguments)
+        if arguments["prefix"].startswith(".step-"):
+            handles.add(handle)
+        return handle, path
 
     def function(*args: Any) -> Any:
-        is_checkpoint = name == "fsync" or "step-" in str(args[1])
-        dies = is_checkpoint and next(passed) == 0
+        is_checkpoint = args[0] in handles or (name == "replace" and "step-" in str(args[1]))
+        handles.clear()
+        left[0] -= is_checkpoint
+        dies = is_checkpoint and left[0] < 0
         if dies and place == "half written":
             os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
-        if dies and not after:
+        if dies and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         real(*args)
         if dies:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(files.os, name, function)
+    setattr(os, name, function)
+    tempfile.mkstemp = mkstemp  # type: ignore[assignment]  # takes what write_atomically gives
 
 
 # --- what has to be equal ---------------------------------------------------------------------------------------------

@@ -571,7 +571,7 @@ def test_in_another_thread_training_works_without_signals(tmp_path: Path) -> Non
 # --- the command line -------------------------------------------------------------------------------------------------
 
 TRAIN = ("train", "--no-progress", "--eval-episodes", "0", "--device", "cpu")
-TINY = ("--algo", "a2cplus", "--env", "CartPole-v1", "--n-envs", "1", "--n-timesteps", "6000", "--set", "n_steps=5")
+TINY = ("--algo", "a2cplus", "--env", "CartPole-v1", "--n-envs", "1", "--n-timesteps", "2200", "--set", "n_steps=2")
 
 
 def command(*arguments: Any) -> Any:
@@ -590,7 +590,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_interrupted_run_is_resumed_to_the_same_files(
     number: int, code: int, whole_run: Path, tmp_path: Path
 ) -> None:
-    """1200 iterations, of which every second has a row in progress.csv; the interruption may come between two rows."""
+    """1100 iterations, of which every second has a row in progress.csv; the interruption may come between two rows."""
     folder = tmp_path / "run"
     # A shell starts background jobs with SIGINT ignored, and children inherit that.
     program = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from sb3_pgplus.cli import main; main()"
@@ -615,7 +615,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_files(
     assert result.exit_code == 0, result.output
     cases.assert_same_runs(whole_run, folder)
     again = command(*TRAIN, "--resume", folder)
-    assert again.exit_code == 2 and "has finished: it has all of its 6,000 steps" in again.output.replace("\n", " ")
+    assert again.exit_code == 2 and "has finished: it has all of its 2,200 steps" in again.output.replace("\n", " ")
 
 
 def test_resume_refuses_what_it_cannot_do(whole_run: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """
-Kill trainings with SIGKILL at random moments, resume them, and compare their ends with uninterrupted ones bit for bit.
+Kill trainings with SIGKILL at random moments, resume them, and compare the ends with uninterrupted ones, bit by bit.
 
-``python tests/resume/kill_and_resume.py`` takes about an hour on a quiet machine. A finished case is stored at once, and
-a later call goes on with the rest. ``--again`` forgets what is stored, after a change of the code.
+``python tests/resume/kill_and_resume.py`` takes an hour or more. A finished case is stored at once, and
+a later call goes on with the rest. ``--again`` forgets what is stored.
 """
 
 import argparse
