@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # a mix-in of one class: let the type checker see what it is 
 else:
     _Base = object
 
+#: What the environments returned last.
+_LAST = ("_last_obs", "_last_original_obs", "_last_episode_starts")
 #: Deques of SB3's, which know how many episodes they keep.
 _WINDOWS = ("ep_info_buffer", "ep_success_buffer")
 
@@ -93,7 +95,10 @@ class Resuming(_Base):
         self._unfinished, self._resumed_from = found.state, found.path
         self._env_id, self._iteration = found.state["env_id"], found.state["iteration"]
         self.ep_info_buffer, self.ep_success_buffer = (deque(maxlen=self._stats_window_size) for _ in _WINDOWS)
-        for name, tree in found.state["model"].items():
+        self._restore(found.state["model"])
+
+    def _restore(self, attributes: Mapping[str, Tree]) -> None:
+        for name, tree in attributes.items():
             value = from_tree(tree, getattr(self, name, None))
             setattr(self, name, unmap_tensors(value, self.device))
 
@@ -183,6 +188,8 @@ class Resuming(_Base):
                 restore_state(self.env, state["environments"])
             except ValueError as error:
                 raise CheckpointError(f"{self._resumed_from} does not fit the environments: {error}") from error
+        # Once more: `set_env` may have come in between.
+        self._restore({name: tree for name, tree in state["model"].items() if name in _LAST})
         if state["environments"] is None or reasons:
             why = "; ".join(reasons) or "the environments give no state"
             warn_user(f"The environments begin new episodes, because their state is not in the checkpoint ({why}).")

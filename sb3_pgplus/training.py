@@ -29,6 +29,7 @@ from sb3_pgplus.callbacks.checkpoint import CheckpointCallback
 from sb3_pgplus.configs import ConfigError, RunSettings, algorithm_class, resolve_objects
 from sb3_pgplus.construction import PLUMBING
 from sb3_pgplus.environments import make_environments, one_line, policy_for, torch_threads
+from sb3_pgplus.errors import WorkerError
 from sb3_pgplus.files import write_atomically
 from sb3_pgplus.interruptions import Interruption
 from sb3_pgplus.on_policy import PolicyGradientPlus
@@ -258,7 +259,7 @@ def _learn(
         interrupted = True
     except Exception as error:
         # A signal to all of the group, as Ctrl-C in a terminal is one, ends worker processes, too.
-        interrupted = checkpoints.is_asked_to_stop and isinstance(error, (EOFError, ConnectionError))
+        interrupted = checkpoints.is_asked_to_stop and isinstance(error, (EOFError, ConnectionError, WorkerError))
         if not interrupted:
             folder.error.write_text(traceback.format_exc(), encoding="utf-8")
             raise TrainingError(f"{type(error).__name__}: {error} (traceback in {folder.error})") from error

@@ -72,7 +72,7 @@ def plain_attributes(owner: object, left_out: Iterable[str]) -> dict[str, Tree]:
     names, found = set(left_out), {}
     for name, value in vars(owner).items():
         if name not in names:
-            with suppress(NotPlainError):
+            with suppress(NotPlainError, TypeError):  # a tensor of a type that NumPy has not
                 found[name] = to_tree(map_tensors(value))
     return found
 

@@ -20,6 +20,7 @@ import resume_cases as cases
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.evaluation import evaluate_policy
 from typer.testing import CliRunner
 
 from sb3_pgplus import A2CPlus, PPOPlus, checkpoints, make_vec_env
@@ -68,6 +69,17 @@ def test_the_id_of_the_environments_is_in_the_checkpoint(tmp_path: Path) -> None
     model = PPOPlus("MlpPolicy", "CartPole-v1", n_envs=2, **SMALL)
     model.learn(64, CheckpointCallback(tmp_path, 16, keep=9))
     resumed = PPOPlus.resume(checkpoints.path_of(tmp_path, 32), device="cpu")
+    resumed.learn(64, CheckpointCallback(tmp_path / "again", 16))
+    cases.assert_same(checkpoints.path_of(tmp_path, 64), checkpoints.path_of(tmp_path / "again", 64))
+
+
+def test_what_happens_between_resume_and_learn_does_not_matter(tmp_path: Path) -> None:
+    model = PPOPlus("MlpPolicy", "CartPole-v1", n_envs=2, **SMALL)
+    model.learn(64, CheckpointCallback(tmp_path, 16, keep=9))
+    resumed = PPOPlus.resume(checkpoints.path_of(tmp_path, 32), device="cpu")
+    evaluate_policy(resumed, resumed.get_env(), n_eval_episodes=2, deterministic=False)
+    resumed.set_env(make_vec_env("CartPole-v1", 2))
+    resumed._env_id = "CartPole-v1"  # which set_env cannot know
     resumed.learn(64, CheckpointCallback(tmp_path / "again", 16))
     cases.assert_same(checkpoints.path_of(tmp_path, 64), checkpoints.path_of(tmp_path / "again", 64))
 

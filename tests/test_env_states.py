@@ -15,7 +15,7 @@ import pytest
 import torch as th
 from gymnasium import wrappers
 from gymnasium.vector import AutoresetMode
-from stable_baselines3.common.atari_wrappers import ClipRewardEnv, MaxAndSkipEnv, WarpFrame
+from stable_baselines3.common.atari_wrappers import AtariWrapper, ClipRewardEnv, MaxAndSkipEnv, WarpFrame
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnv, IdentityEnvBox, SimpleMultiObsEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import (
@@ -32,7 +32,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_pgplus import make_vec_env
-from sb3_pgplus.vec_env import GymnasiumVecEnv
+from sb3_pgplus.vec_env import GymnasiumVecEnv, record_episodes
 from sb3_pgplus.vec_env.states import capture_state, restore_state
 from sb3_pgplus.vec_env.tensors import TensorStep, TensorVecEnv
 
@@ -241,9 +241,6 @@ WRAPPED: dict[str, Callable[[], gym.Env[Any, Any]]] = {
     "TransformReward": lambda: wrappers.TransformReward(pendulum(), lambda reward: reward / 10),
     "ClipReward": lambda: wrappers.ClipReward(pendulum(), -1, 1),
     "DtypeObservation": lambda: wrappers.DtypeObservation(pendulum(), np.float64),
-    "AddRenderObservation": lambda: wrappers.ResizeObservation(
-        wrappers.AddRenderObservation(gym.make("Pendulum-v1", render_mode="rgb_array")), (24, 24)
-    ),
     "FrozenLake": lambda: gym.make("FrozenLake-v1"),
     "CliffWalking": lambda: gym.make("CliffWalking-v1", is_slippery=True),
     "Taxi": lambda: gym.make("Taxi-v4", is_rainy=True, fickle_passenger=True),
@@ -252,7 +249,7 @@ WRAPPED: dict[str, Callable[[], gym.Env[Any, Any]]] = {
     "IdentityEnvBox": lambda: IdentityEnvBox(ep_length=9),
     "SimpleMultiObsEnv": lambda: SimpleMultiObsEnv(random_start=False),
     "FakeImageEnv": FakeImageEnv,  # samples its observation space
-    "WarpFrame": lambda: ClipRewardEnv(WarpFrame(MaxAndSkipEnv(FakeImageEnv(40, 40, 3), 2), 24, 24)),
+    "WarpFrame": lambda: ClipRewardEnv(WarpFrame(MaxAndSkipEnv(FakeImageEnv(4, 40, 40, 3), 2), 24, 24)),
     "BitFlippingEnv": lambda: BitFlippingEnv(n_bits=4),
 }
 
@@ -260,6 +257,13 @@ WRAPPED: dict[str, Callable[[], gym.Env[Any, Any]]] = {
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrapped_and_other_environments_go_on_bit_for_bit(name: str) -> None:
     assert_goes_on(limited(WRAPPED[name]))
+
+
+def test_observed_pictures_go_on_bit_for_bit() -> None:
+    def build() -> gym.Env[Any, Any]:
+        return wrappers.AddRenderObservation(gym.make("FrozenLake-v1", render_mode="rgb_array"))
+
+    assert_goes_on(limited(build, 5), 3, 6)
 
 
 @pytest.mark.parametrize("version", ["Ant-v4", "Humanoid-v4", "Reacher-v4"])
@@ -496,6 +500,14 @@ class Hopping(HopperEnv if HopperEnv else object):  # type: ignore[misc]  # with
             self.pushes = state[0]["pushes"]
 
 
+class Tired(HopperEnv if HopperEnv else object):  # type: ignore[misc]
+    """A MuJoCo task whose state is the simulation's alone."""
+
+    def step(self, action: Any) -> Any:
+        observation, reward, *rest = super().step(action)
+        return (observation, reward - abs(self.data.qvel).sum(), *rest)
+
+
 def test_environments_and_wrappers_that_tell_their_state_go_on_bit_for_bit() -> None:
     assert_goes_on(lambda seed: Summing(limited(lambda: Averaging(TellingWalk()))(seed)))
 
@@ -503,6 +515,7 @@ def test_environments_and_wrappers_that_tell_their_state_go_on_bit_for_bit() -> 
 def test_a_mujoco_environment_adds_its_own_state_to_the_simulations() -> None:
     pytest.importorskip("mujoco")
     assert_goes_on(limited(Hopping, 30), 20, 60)
+    assert_goes_on(limited(Tired, 30), 20, 60)
 
 
 def test_the_state_does_not_change_with_the_environment_nor_the_environment_with_it() -> None:
@@ -530,9 +543,48 @@ def reasons_of(env: VecEnv) -> str:
     return " ".join(reasons)
 
 
+def test_a_recorded_lunar_lander_goes_on_bit_for_bit() -> None:
+    pytest.importorskip("Box2D")
+    settings: dict[str, Any] = {"env_kwargs": {"max_episode_steps": 70}, "wrapper_class": record_episodes}
+    assert_goes_on(lambda seed: make_vec_env("LunarLander-v3", 2, seed=seed, **settings), 100, 150)
+    # Outer wrappers that draw from the environment's own generator are recorded with it.
+    assert_goes_on(
+        limited(lambda: wrappers.StickyAction(record_episodes(gym.make("LunarLander-v3")), 0.3), 70), 100, 150
+    )
+
+
+def test_recorded_atari_games_go_on_bit_for_bit_with_screen_and_sticky_actions() -> None:
+    gym.register_envs(pytest.importorskip("ale_py"))
+    pytest.importorskip("cv2")
+
+    def build() -> gym.Env[Any, Any]:
+        env = record_episodes(gym.make("ALE/Qbert-v5", frameskip=1, repeat_action_probability=0.25))
+        return AtariWrapper(env, action_repeat_probability=0.2)
+
+    assert_goes_on(limited(build, 25), 40, 40)
+
+
+def test_only_what_forgets_at_a_reset_is_recorded() -> None:
+    pytest.importorskip("Box2D")
+    with pytest.raises(ValueError, match="BipedalWalker may not be the same after each reset"):
+        record_episodes(gym.make("BipedalWalker-v3"))
+
+
+def test_a_record_that_leads_elsewhere_is_noticed() -> None:
+    pytest.importorskip("Box2D")
+    env = make_vec_env("LunarLander-v3", 1, seed=0, wrapper_class=record_episodes)
+    env.reset()
+    steps(env, random_actions(env, 30, seed=0))
+    state, _ = capture_state(env)
+    assert state is not None
+    windy = make_vec_env("LunarLander-v3", 1, wrapper_class=record_episodes, env_kwargs={"gravity": -5.0})
+    with pytest.raises(ValueError, match="came to another observation"):
+        restore_state(windy, state)
+
+
 @pytest.mark.parametrize(
     ("env_id", "package", "words"),
-    [("LunarLander-v3", "Box2D", "Box2D"), ("ALE/Pong-v5", "ale_py", "screen")],
+    [("BipedalWalker-v3", "Box2D", "Box2D"), ("ALE/Pong-v5", "ale_py", "record_episodes")],
 )
 def test_what_cannot_be_had_is_said(env_id: str, package: str, words: str) -> None:
     module = pytest.importorskip(package)
@@ -546,37 +598,106 @@ def test_other_processes_of_other_libraries_are_said_to_have_none() -> None:
     assert "'workers'" in reasons_of(GymnasiumVecEnv(gym.make_vec("CartPole-v1", 1, vectorization_mode="async")))
 
 
+class Scaled(gym.RewardWrapper[Any, Any]):
+    """Has a setting and nothing else."""
+
+    def __init__(self, env: Any, scale: float) -> None:
+        super().__init__(env)
+        self.scale = scale
+
+    def reward(self, reward: Any) -> Any:
+        return reward * self.scale
+
+
+class Counting(Scaled):
+    """Stores an attribute."""
+
+    def reward(self, reward: Any) -> Any:
+        self.scale += 1
+        return reward * self.scale
+
+
+class Keeping(Scaled):
+    """Stores a list in its constructor."""
+
+    def __init__(self, env: Any) -> None:
+        super().__init__(env, 1.0)
+        self.kept: list[Any] = []
+
+
+class Tuned(gym.Wrapper[Any, Any, Any, Any]):
+    """Changes a setting of the environment."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.unwrapped.gravity = self.unwrapped.np_random.uniform(9, 10)
+        return self.env.reset(**kwargs)
+
+
+class Noted(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
+    """Has an array, and notes its arguments."""
+
+    def __init__(self, env: Any, **settings: Any) -> None:
+        gym.utils.RecordConstructorArgs.__init__(self, **settings)
+        super().__init__(env)
+        self.shift = np.ones(1)
+
+    def step(self, action: Any) -> Any:
+        observation, *rest = self.env.step(action)
+        return (observation + self.shift.astype(np.float32), *rest)
+
+
+class Nameless(Scaled):
+    """Stores without a name."""
+
+    def __init__(self, env: Any) -> None:
+        super().__init__(env, 1.0)
+        setattr(self, "ke" + "pt", [])
+
+
+class Aliasing(Noted):
+    """Changes an array in place."""
+
+    def step(self, action: Any) -> Any:
+        shift = self.shift
+        shift += 1.0
+        return super().step(action)
+
+
 def test_a_subclass_without_state_is_as_its_base_and_one_with_state_is_not() -> None:
-    class Scaled(gym.RewardWrapper[Any, Any]):
-        def __init__(self, env: Any, scale: float) -> None:
-            super().__init__(env)
-            self.scale = scale
-
-        def reward(self, reward: Any) -> Any:
-            return reward * self.scale
-
-    class Counting(Scaled):
-        def reward(self, reward: Any) -> Any:
-            self.scale += 1
-            return reward * self.scale
-
-    class Keeping(Scaled):
-        def __init__(self, env: Any) -> None:
-            super().__init__(env, 1.0)
-            self.kept: list[Any] = []
-
-    class Tuned(gym.Wrapper[Any, Any, Any, Any]):
-        def reset(self, **kwargs: Any) -> Any:
-            self.unwrapped.gravity = self.unwrapped.np_random.uniform(9, 10)
-            return self.env.reset(**kwargs)
-
     assert_goes_on(limited(lambda: Scaled(pendulum(), 3.0)))
+    assert_goes_on(limited(lambda: Noted(pendulum(), something=[])))
     for build, why in {
         lambda: Counting(pendulum(), 1.0): "Counting.reward stores something in reward()",
         lambda: Keeping(pendulum()): "Keeping.__init__ stores kept, which is a list",
+        lambda: Nameless(pendulum()): "Nameless.__init__ uses setattr",
+        lambda: Aliasing(pendulum()): "Aliasing.step stores something in step()",
         lambda: Tuned(cart_pole()): "Tuned.reset stores something in reset()",
     }.items():
         assert why in reasons_of(limited(build)(0))
+
+
+def test_methods_of_these_names_with_other_arguments_are_not_the_protocol() -> None:
+    class Other(Walk):
+        def get_state(self, index: int) -> Any:
+            raise AssertionError("never called")
+
+        def set_state(self, state: Any) -> None:
+            raise AssertionError("never called")
+
+    assert "Other" in reasons_of(limited(Other)(0))
+
+
+def test_a_state_that_is_not_plain_or_not_to_be_had_is_a_reason() -> None:
+    class Opaque(TellingWalk):
+        def get_state(self) -> Any:
+            return {"environment": self}
+
+    class Refusing(TellingWalk):
+        def get_state(self) -> Any:
+            raise NotImplementedError("the robot is real")
+
+    assert "Opaque is not plain data" in reasons_of(limited(Opaque)(0))
+    assert "the robot is real" in reasons_of(limited(Refusing)(0))
 
 
 def test_functions_given_to_wrappers_are_looked_at() -> None:

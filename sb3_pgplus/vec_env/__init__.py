@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sb3_pgplus.vec_env.envpool import EnvpoolVecEnv
     from sb3_pgplus.vec_env.gymnasium_adapter import GymnasiumVecEnv
     from sb3_pgplus.vec_env.mujoco import MujocoVecEnv
+    from sb3_pgplus.vec_env.replay import record_episodes
     from sb3_pgplus.vec_env.states import capture_state, restore_state
     from sb3_pgplus.vec_env.tensors import TensorVecEnv
     from sb3_pgplus.vec_env.workers import WorkersVecEnv
@@ -22,6 +23,7 @@ __all__ = [
     "backend_of",
     "capture_state",
     "make_vec_env",
+    "record_episodes",
     "restore_state",
 ]
 
@@ -34,6 +36,7 @@ _MODULES = {
     "TensorVecEnv": "tensors",
     "WorkersVecEnv": "workers",
     "capture_state": "states",
+    "record_episodes": "replay",
     "restore_state": "states",
 }
 

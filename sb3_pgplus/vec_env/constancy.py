@@ -19,17 +19,34 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-_FIXED = (bool, int, float, complex, str, bytes, range, slice, type(None), type, np.generic, np.ndarray, np.dtype)
+_FIXED: tuple[type[Any], ...] = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    slice,
+    type(None),
+    type,
+    np.generic,
+    np.ndarray,
+    np.dtype,
+)
 #: Spaces have random generators, which are stored with them; loggers keep nothing that is read.
 _FIXED += (Enum, np.ufunc, spaces.Space, types.ModuleType, types.BuiltinFunctionType, logging.Logger)
 #: Storing into a local variable is no change. Items may be those of a local array or dict: that cannot be told apart.
 _STORES = frozenset({"STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"})
 _STORES |= {"STORE_GLOBAL", "DELETE_GLOBAL"}
-#: Ways to store something without such an instruction, and attributes of environments that are settings.
+#: Ways to store something without such an instruction.
 _NAMES = frozenset({"setattr", "delattr", "__setattr__", "__dict__", "vars", "globals", "locals", "exec", "eval"})
 _NAMES |= {"set_wrapper_attr", "set_attr", "copyto", "put", "putmask", "place", "fill", "setflags", "itemset", "out"}
 _NAMES |= {"append", "extend", "insert", "update", "pop", "popleft", "appendleft", "setdefault", "clear", "add"}
-_NAMES |= {"model"}
+#: Ways to store something in a constructor that do not tell its name.
+_NAMELESS = frozenset({"setattr", "__setattr__", "__dict__", "vars"})
+#: Bases that only note the constructor's arguments.
+_NOTES = ("typing", "gymnasium.utils.record_constructor", "gymnasium.utils.ezpickle")
 #: Members of classes that are not looked at.
 _IGNORED = frozenset({"metadata", "_abc_impl", "__doc__", "__module__", "__dict__", "__weakref__", "__annotations__"})
 _IGNORED |= {"__orig_bases__", "__parameters__", "__abstractmethods__", "__static_attributes__", "__firstlineno__"}
@@ -44,7 +61,7 @@ def first_change(thing: Any, base: type[Any]) -> str | None:
     :return: what it is, in words; None if there is nothing
     """
     for cls in type(thing).__mro__[: type(thing).__mro__.index(base)]:
-        if cls in base.__mro__ or cls.__module__ == "typing":
+        if cls in base.__mro__ or cls.__module__ in _NOTES:
             continue
         for name, member in vars(cls).items():
             found = None if name in _IGNORED else _change_in_member(thing, name, member)
@@ -76,22 +93,24 @@ def _change_in_member(thing: Any, name: str, member: Any) -> str | None:
         return _first(change_in_function(part) for part in (member.fget, member.fset, member.fdel) if part is not None)
     if not isinstance(member, types.FunctionType):
         return _change_in_value(member)
-    if name != "__init__":
-        return change_in_function(member)
-    stored = {i.argval for i in dis.get_instructions(member) if i.opname == "STORE_ATTR"}
-    values = (
-        f"stores {key}, which {why}"
-        for key in sorted(stored & vars(thing).keys())
-        if (why := _change_in_value(vars(thing)[key])) is not None
-    )
-    return _first(values)
+    return _first(_stored_by(member, thing)) if name == "__init__" else change_in_function(member)
+
+
+def _stored_by(constructor: types.FunctionType, thing: Any) -> Iterator[str | None]:
+    if found := _NAMELESS.intersection(constructor.__code__.co_names):
+        yield f"uses {min(found)}"
+    stored = {i.argval for i in dis.get_instructions(constructor) if i.opname == "STORE_ATTR"}
+    for name in sorted(stored & vars(thing).keys() - _IGNORED):
+        why = _change_in_value(vars(thing)[name])
+        yield None if why is None else f"stores {name}, which {why}"
 
 
 def _changes(function: types.FunctionType, seen: set[int]) -> Iterator[str | None]:
     seen.add(id(function))
     for code in _codes(function.__code__):
         for instruction in dis.get_instructions(code):
-            if instruction.opname in _STORES:
+            # `+=` changes an array in place, which may be an attribute under another name.
+            if instruction.opname in _STORES or (instruction.opname == "BINARY_OP" and "=" in instruction.argrepr):
                 yield f"stores something in {code.co_name}()"
             if instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars:
                 yield f"stores {instruction.argval} in {code.co_name}()"

@@ -272,9 +272,11 @@ KNOWN: dict[str, Known] = {
 }
 """Class, as ``module:name`` → what its state is. Nothing has to be installed for its name to be here."""
 
+_REPLAY = "With wrapper_class=sb3_pgplus.vec_env.record_episodes the running episode is played once more"
 IMPOSSIBLE: Mapping[str, str] = {
+    "gymnasium.envs.box2d.lunar_lander": f"Box2D's physics cannot be put back into a state exactly. {_REPLAY}",
     "gymnasium.envs.box2d.": "Box2D's physics cannot be put back into a state exactly",
-    "ale_py.": "the emulator's state lacks its screen, parts of which games leave as it was, and the action it repeats",
+    "ale_py.": f"the emulator's state lacks its screen and the action that it repeats. {_REPLAY}",
     "gymnasium.vector.async_vector_env": "its environments are in other processes. vectorization_mode='sync' and the "
     "backend 'workers' give theirs",
     "stable_baselines3.common.vec_env.subproc_vec_env": "its environments are in other processes, which do not answer "

@@ -7,6 +7,7 @@ A layer's state is what the table of known classes says, and what the class adds
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,9 +85,16 @@ def speaks_protocol(layer: Any) -> bool:
     :param layer: an environment or wrapper. Its class is asked, since wrappers pass attributes on
     :return: whether it has ``get_state()`` and ``set_state(state)`` of its own
     """
-    setter = getattr(type(layer), "set_state", None)
-    of_mujoco = getattr(setter, "__module__", None) == "gymnasium.envs.mujoco.mujoco_env"  # takes positions, velocities
-    return callable(getattr(type(layer), "get_state", None)) and callable(setter) and not of_mujoco
+    getter, setter = (getattr(type(layer), name, None) for name in ("get_state", "set_state"))
+    return _takes(getter, layer) and _takes(setter, layer, {})  # MujocoEnv.set_state takes positions and velocities
+
+
+def _takes(method: Any, *arguments: Any) -> bool:
+    try:
+        inspect.signature(method).bind(*arguments)
+    except (TypeError, ValueError):  # not callable, other arguments, or nothing is known about them
+        return False
+    return True
 
 
 def _nearest_known(cls: type[Any]) -> tuple[type[Any] | None, Known | None]:
@@ -132,9 +140,10 @@ def env_to_tree(env: Any) -> tuple[Tree, list[str]]:
     :param env: the outermost layer
     :return: a plain tree, and the reasons why something is missing in it
     """
-    layers, reasons = [], []
+    layers, reasons, covered = [], [], False
     for layer in layers_of(env):
-        state, reason = layer_to_tree(layer)
+        state, reason = (None, None) if covered else layer_to_tree(layer)
+        covered = covered or getattr(type(layer), "covers_inner", False)
         reasons += [reason] if reason is not None else []
         attributes = vars(layer)
         own_spaces = {name: value for name, value in attributes.items() if isinstance(value, spaces.Space)}
