@@ -298,6 +298,8 @@ class PolicyGradientPlus(
         self._env_id = None
 
     def _setup_learn(self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any) -> Any:
+        if self._unfinished is not None:
+            self._restore_environments(self._unfinished)
         before = self._last_obs
         if self._unfinished is None:
             result = super()._setup_learn(total_timesteps, callback, *args, **kwargs)

@@ -157,7 +157,6 @@ class Resuming(_Base):
         state = self._unfinished
         assert state is not None
         before = state["model"]
-        self._restore_environments(state)
         result = super()._setup_learn(total_timesteps, callback, False, tb_log_name, progress_bar)
         callback = result[1]
         self.start_time = time.time_ns() - state["nanoseconds"]
