@@ -41,6 +41,7 @@ from sb3_pgplus.policies import RunningMoments, set_training_mode
 from sb3_pgplus.resuming import Resuming
 from sb3_pgplus.rollouts import RolloutProcessing
 from sb3_pgplus.schedules import as_schedule, describe_schedule, is_constant
+from sb3_pgplus.training_state import ActsBetweenIterations, between_iterations
 from sb3_pgplus.updates import GradientUpdates
 from sb3_pgplus.vec_env.make import make_vec_env
 from sb3_pgplus.vec_env.tensors import TensorVecEnv
@@ -255,7 +256,8 @@ class PolicyGradientPlus(
         callback.on_training_start(locals(), globals())
         self._finish_resuming(callback)
         assert self.env is not None
-        while self._may_go_on(callback) and self.num_timesteps < total_timesteps:
+        listeners = between_iterations(callback)
+        while self._may_go_on(listeners, callback) and self.num_timesteps < total_timesteps:
             if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
                 break
             self._iteration = iteration = iteration + 1
@@ -265,9 +267,10 @@ class PolicyGradientPlus(
             self.train()
         callback.on_training_end()
 
-    def _may_go_on(self, callback: BaseCallback) -> bool:
-        self._merge_observations(self.rollout_buffer)  # the update is over
-        return self._between_iterations(callback)
+    def _may_go_on(self, listeners: list[ActsBetweenIterations], callback: BaseCallback) -> bool:
+        """Between two iterations nothing is under way: no rollout, no update."""
+        self._merge_observations(self.rollout_buffer)
+        return all([listener.on_iteration_end(callback) for listener in listeners])
 
     def _warn_about_short_learns(self) -> None:
         """Schedules over "this learn's total" start again in every further call: rates would jump up and down."""

@@ -19,12 +19,10 @@ from sb3_pgplus.construction import PLUMBING
 from sb3_pgplus.errors import CheckpointError, warn_user
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.training_state import (
-    ActsBetweenIterations,
     capture_callbacks,
     capture_generators,
     capture_log,
     hand_out_states,
-    named_callbacks,
     plain_attributes,
     restore_attributes,
     restore_generators,
@@ -132,16 +130,6 @@ class Resuming(_Base):
             "environments": environments,
             "missing": reasons,
         }
-
-    def _between_iterations(self, callback: BaseCallback) -> bool:
-        """
-        The place where nothing is under way: no rollout, no update.
-
-        :param callback: the training's callback, which may hold others
-        :return: False if the training shall end here
-        """
-        members = named_callbacks(callback).values()
-        return all([c.on_iteration_end(callback) for c in members if isinstance(c, ActsBetweenIterations)])
 
     # --- going on from one --------------------------------------------------------------------------------------------
 

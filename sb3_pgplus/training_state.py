@@ -216,6 +216,14 @@ def named_callbacks(callback: Any) -> dict[str, BaseCallback]:
     return found
 
 
+def between_iterations(callback: Any) -> list[ActsBetweenIterations]:
+    """
+    :param callback: what ``learn`` made of its argument
+    :return: the callbacks in it that are called between two iterations
+    """
+    return [member for member in named_callbacks(callback).values() if isinstance(member, ActsBetweenIterations)]
+
+
 def capture_callbacks(callback: Any) -> dict[str, Tree]:
     """
     The states of all callbacks: ``state_dict()`` where there is one, plain attributes and environments otherwise.

@@ -59,6 +59,8 @@ class CheckpointCallback(BaseCallback):
         self._best_score = -math.inf
         self._wants_best: float | None = None
         self._has_begun = False
+        #: Callbacks that evaluate.
+        self._judges: list[Any] | None = None
 
     # --- what SB3 calls -----------------------------------------------------------------------------------------------
 
@@ -71,7 +73,7 @@ class CheckpointCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._check_folder()
-        self._has_begun = True
+        self._has_begun, self._judges = True, None
         if self._own_signals is not None:
             self._own_signals.__enter__()
 
@@ -134,8 +136,10 @@ class CheckpointCallback(BaseCallback):
         self._wants_best = float(score)
 
     def _look_for_best(self, callback: BaseCallback) -> None:
-        scores = [getattr(member, "best_mean_reward", -math.inf) for member in named_callbacks(callback).values()]
-        best = max((float(score) for score in scores if isinstance(score, Real)), default=-math.inf)
+        if self._judges is None:
+            members = named_callbacks(callback).values()
+            self._judges = [member for member in members if hasattr(member, "best_mean_reward")]
+        best = max((float(judge.best_mean_reward) for judge in self._judges), default=-math.inf)
         if best > self._best_score:
             self._best_score = best
             if self.every is not None:
