@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def train(
             episodes, interrupted = _learn(model, settings, folder, callback, console if progress else None)
         seconds = (time.time_ns() - model.start_time) / 1e9  # those before an interruption included
     finally:
-        env.close()
+        with suppress(EOFError, ConnectionError):  # of worker processes that the same signal has ended
+            env.close()
     model.save(folder.model)  # whole or not at all
     _draw(folder, settings, model, episodes, console)
     evaluation = None

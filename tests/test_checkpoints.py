@@ -630,6 +630,30 @@ def test_an_interrupted_run_is_resumed_to_the_same_files(
     assert again.exit_code == 2 and "has finished: it has all of its 2,200 steps" in again.output.replace("\n", " ")
 
 
+def test_ctrl_c_that_ends_worker_processes_too_saves_the_model(tmp_path: Path) -> None:
+    """A terminal sends it to all processes; the iteration cannot be finished then, and the checkpoint before stays."""
+    folder = tmp_path / "run"
+    options = ("--env", "CartPole-v1", "--n-envs", "2", "--backend", "subproc", "--n-timesteps", "1e6")
+    settings = ("--set", "n_steps=256", "--set", "batch_size=64", "--set", "n_epochs=1", "--checkpoint-freq", "512")
+    program = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from sb3_pgplus.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *TRAIN, *options, *settings, "--out", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: process.poll() is not None or len(checkpoints.in_folder(folder / "checkpoints")) > 1)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    assert "Interrupted after" in output and (folder / "model.zip").exists() and not (folder / "error.txt").exists()
+    checkpoints.find(folder)
+
+
 def test_resume_refuses_what_it_cannot_do(whole_run: Path, tmp_path: Path) -> None:
     for option in (("--env", "CartPole-v1"), ("--seed", 1), ("--out", tmp_path), ("--set", "n_steps=3")):
         result = command(*TRAIN, "--resume", whole_run, *option)
