@@ -4,9 +4,11 @@ for bit, over ends of episodes and resets. The oracle is the same environment, u
 """
 
 import copy
+import importlib.util
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -15,6 +17,7 @@ import pytest
 import torch as th
 from gymnasium import wrappers
 from gymnasium.vector import AutoresetMode
+from sb3_contrib.common.wrappers import TimeFeatureWrapper
 from stable_baselines3.common.atari_wrappers import AtariWrapper, ClipRewardEnv, MaxAndSkipEnv, WarpFrame
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnv, IdentityEnvBox, SimpleMultiObsEnv
 from stable_baselines3.common.monitor import Monitor
@@ -156,6 +159,21 @@ def test_mujoco_goes_on_bit_for_bit_with_its_warm_start_and_lagged_fields(task: 
     assert_goes_on(lambda seed: make_vec_env(f"{task}-v5", 2, seed=seed, env_kwargs=kwargs, backend=backend), 18, 30)
 
 
+@pytest.mark.parametrize("backend", ["serial", "mujoco"])
+def test_the_clock_goes_on_without_the_time_in_between(backend: str) -> None:
+    pytest.importorskip("mujoco.batch")
+    settings: dict[str, Any] = {"env_kwargs": {"max_episode_steps": 4}, "backend": backend}
+    original, restored = (make_vec_env("HalfCheetah-v5", 2, seed=0, **settings) for _ in range(2))
+    original.reset()
+    for counter in [original.episodes] if backend == "mujoco" else original.envs:
+        counter.t_start -= 1000  # as if it had run for that long
+    state, _ = capture_state(original)
+    assert state is not None
+    restore_state(restored, state)
+    *_, infos, _ = steps(restored, random_actions(restored, 4, seed=0))[-1]
+    assert all(1000 <= info["episode"]["t"] < 1060 for info in infos)
+
+
 def test_a_state_of_other_environments_is_refused() -> None:
     def build(env_id: str, n_envs: int, **kwargs: Any) -> VecEnv:
         return make_vec_env(env_id, n_envs, seed=0, **kwargs)
@@ -269,6 +287,40 @@ def test_observed_pictures_go_on_bit_for_bit() -> None:
 @pytest.mark.parametrize("version", ["Ant-v4", "Humanoid-v4", "Reacher-v4"])
 def test_the_older_mujoco_tasks_go_on_bit_for_bit(version: str) -> None:
     assert_goes_on(limited(lambda: gym.make(version), 9), 12, 20)
+
+
+def zoo_wrappers() -> Any:
+    """``rl_zoo3.wrappers`` without its package, which puts another TimeLimit into Gymnasium for all tests."""
+    package = importlib.util.find_spec("rl_zoo3")
+    if package is None or package.origin is None:
+        pytest.skip("rl_zoo3 is not installed")
+    spec = importlib.util.spec_from_file_location("rl_zoo3.wrappers", Path(package.origin).with_name("wrappers.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ZOO = ("ActionSmoothingWrapper", "DelayedRewardWrapper", "HistoryWrapper", "FrameSkip", "MaskVelocityWrapper")
+
+
+@pytest.mark.parametrize("name", [*ZOO, "ActionNoiseWrapper", "TimeFeatureWrapper"])
+def test_wrappers_of_rl_zoo_and_sb3_contrib_go_on_bit_for_bit(name: str) -> None:
+    wrapper = TimeFeatureWrapper if name == "TimeFeatureWrapper" else getattr(zoo_wrappers(), name)
+    settings = {"ActionSmoothingWrapper": {"smoothing_coef": 0.5}, "DelayedRewardWrapper": {"delay": 4}}
+    if name != "ActionNoiseWrapper":  # it draws from NumPy's global generator
+        assert_goes_on(limited(lambda: wrapper(pendulum(), **settings.get(name, {}))))
+    assert capture_state(limited(lambda: wrapper(pendulum()))(0))[1] == []
+
+
+def test_the_state_of_a_randomly_made_map_is_refused_by_another_map() -> None:
+    def build(map_name: str) -> VecEnv:
+        return make_vec_env("FrozenLake-v1", 1, seed=0, env_kwargs={"map_name": map_name})
+
+    state, _ = capture_state(build("4x4"))
+    assert state is not None
+    with pytest.raises(ValueError, match="FrozenLakeEnv with another desc"):
+        restore_state(build("8x8"), state)
 
 
 VEC_WRAPPED: dict[str, Callable[[VecEnv], VecEnv]] = {

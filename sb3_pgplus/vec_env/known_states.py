@@ -178,6 +178,7 @@ _MODULES: dict[str, dict[str, Known]] = {
     # Pictures and videos are not part of the state: one that is under way begins anew.
     "gymnasium.wrappers.rendering": {"RecordVideo": Known(("step_id", "episode_id")), "RenderCollection": _STATELESS}
     | dict.fromkeys(("HumanRendering", "AddWhiteNoise", "ObstructView"), _STATELESS),
+    "gymnasium.vector.vector_env": {"VectorWrapper": _STATELESS},
     "gymnasium.vector.sync_vector_env": {
         "SyncVectorEnv": Known(("_rewards", "_terminations", "_truncations", "_autoreset_envs")),
     },
@@ -242,6 +243,7 @@ _MODULES: dict[str, dict[str, Known]] = {
     "stable_baselines3.common.vec_env.vec_video_recorder": {"VecVideoRecorder": Known(("step_id",))},
     "sb3_contrib.common.wrappers.time_feature": {"TimeFeatureWrapper": Known(("_current_step",))},
     "sb3_contrib.common.wrappers.action_masker": {"ActionMasker": Known(functions=("_action_mask_fn",))},
+    "rl_zoo3.gym_patches": {"PatchedTimeLimit": Known(("_elapsed_steps",))},  # RL Zoo puts it in TimeLimit's place
     "rl_zoo3.wrappers": {
         "TruncatedOnSuccessWrapper": Known(("current_successes",)),
         "ActionSmoothingWrapper": Known(("smoothed_action",)),

@@ -179,7 +179,7 @@ def _merged(reasons: Iterable[list[str]]) -> list[str]:
     """The reasons of each environment; what is the same for several is said once."""
     where: dict[str, list[int]] = {}
     for index, of_one in enumerate(reasons):
-        for reason in of_one:
+        for reason in dict.fromkeys(of_one):
             where.setdefault(reason, []).append(index)
     return [f"{_span(indices)}: {reason}" for reason, indices in where.items()]
 
