@@ -9,7 +9,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -33,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 class DictPoint(gym.Env[dict[str, Any], Any]):
     """A point on a line that noise pushes about; episodes end and are cut in turn."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}  # what SB3 asks for
 
     def __init__(self) -> None:
         position, sign = spaces.Box(-np.inf, np.inf, (2,)), spaces.Discrete(2)
