@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -104,6 +104,12 @@ def train(
         int | None, typer.Option("--eval-freq", min=1, help="Evaluate every so many steps, keep the best model.")
     ] = None,
     eval_video: Annotated[bool, typer.Option("--eval-video", help="A video of each of these evaluations.")] = False,
+    checkpoint_freq: Annotated[
+        int | None, typer.Option("--checkpoint-freq", min=1, help="A checkpoint every so many steps, for --resume.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Folder of an interrupted run, which goes on.", show_default=False)
+    ] = None,
     verbose: Annotated[int, typer.Option("--verbose", min=0, max=2, help="From 1 on: SB3's tables as well.")] = 0,
     track: Annotated[
         bool, typer.Option("--track", help="Track in Weights & Biases; WANDB_MODE=offline for `wandb sync` later.")
@@ -117,18 +123,22 @@ def train(
     """Train an agent; leaves a run folder with model, config, metrics and learning curve."""
     with _errors_as_one_line(debug):
         from sb3_pgplus.configs import resolve_settings
+        from sb3_pgplus.resumed_runs import refuse_settings, settings_of
         from sb3_pgplus.training import train as run_training
 
-        settings = resolve_settings(
-            algo=algo,
-            env=env,
-            config=config,
-            overrides=overrides or [],
-            n_envs=n_envs,
-            backend=backend,
-            n_timesteps=n_timesteps,
-            seed=seed,
-        )
+        given: dict[str, Any] = {
+            "algo": algo,
+            "env": env,
+            "config": config,
+            "overrides": overrides or [],
+            "n_envs": n_envs,
+            "backend": backend,
+            "n_timesteps": n_timesteps,
+            "seed": seed,
+        }
+        if resume is not None:
+            refuse_settings(given | {"out": out})
+        settings = resolve_settings(**given) if resume is None else settings_of(resume)
         console = Console()
         run = run_training(
             settings,
@@ -148,11 +158,13 @@ def train(
             }
             if track
             else None,
+            checkpoint_freq=checkpoint_freq,
+            resume=resume,
             console=console,
         )
         _report(run, console)
     if run.interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
+        raise typer.Exit(EXIT_INTERRUPTED if run.signal is None else 128 + run.signal)
 
 
 @app.command()
@@ -577,7 +589,10 @@ def _report(run: FinishedRun, console: Console) -> None:
     speed = steps / max(run.seconds, 1e-9)
     console.print(f"{steps:,} steps in {_duration(run.seconds)}, {speed:,.0f} steps/s", highlight=False)
     command, folder = _command(), shlex.quote(str(run.folder.path))
-    for line in (f"{command} evaluate {folder}", f"{command} enjoy {folder} --record"):
+    lines = [f"{command} evaluate {folder}", f"{command} enjoy {folder} --record"]
+    if run.interrupted:
+        lines.insert(0, f"{command} train --resume {folder}")
+    for line in lines:
         console.print(f"  {line}", style="cyan", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -28,6 +28,10 @@ class BackendError(ValueError):
     """A backend of ``make_vec_env`` that cannot serve what it was asked for; the message says why."""
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged or missing, or that another training wrote; the message says which and why."""
+
+
 class WorkerError(RuntimeError):
     """An environment in a worker process raised an error, took too long, or ended its process."""
 

@@ -1,5 +1,6 @@
 """Files that are either there whole or not there."""
 
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -29,3 +30,14 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
         raise
+    _flush_folder(target.parent)
+
+
+def _flush_folder(folder: pathlib.Path) -> None:
+    """Put the new name on the disk, too; without that a power cut may bring the old file back."""
+    with contextlib.suppress(OSError):  # not every system can, and the file is in place already
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

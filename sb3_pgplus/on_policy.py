@@ -9,7 +9,7 @@ import operator
 import time
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch as th
@@ -38,8 +38,10 @@ from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.persistence import Persistence
 from sb3_pgplus.policies import RunningMoments, set_training_mode
+from sb3_pgplus.resuming import Resuming
 from sb3_pgplus.rollouts import RolloutProcessing
 from sb3_pgplus.schedules import as_schedule, describe_schedule, is_constant
+from sb3_pgplus.training_state import ActsBetweenIterations, between_iterations
 from sb3_pgplus.updates import GradientUpdates
 from sb3_pgplus.vec_env.make import make_vec_env
 from sb3_pgplus.vec_env.tensors import TensorVecEnv
@@ -47,7 +49,9 @@ from sb3_pgplus.vec_env.tensors import TensorVecEnv
 H = TypeVar("H", bound=PolicyGradientHparams)
 
 
-class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Persistence, OnPolicyAlgorithm, Generic[H]):
+class PolicyGradientPlus(
+    ModelBuilding, RolloutProcessing, GradientUpdates, Resuming, Persistence, OnPolicyAlgorithm, Generic[H]
+):
     """
     Base of A2CPlus, PPOPlus and TRPOPlus. See :class:`sb3_pgplus.PPOPlus` for what a user sees.
 
@@ -97,6 +101,7 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         )
         self.__dict__.update(arguments)
         self._reset_training_state()
+        self._env_id = env if isinstance(env, str) else None
         if set_up:
             self._setup_model()
 
@@ -114,6 +119,9 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         self._nonfinite_updates = 0
         self._nonfinite_in_a_row = 0
         self._warned_short_learns = False
+        self._iteration = 0
+        self._unfinished = None
+        self._resumed_from = None
         #: Values, progress and result of the last `hyperparameters_at`: most of them never change.
         self._resolved: tuple[list[Any], float, H] | None = None
 
@@ -206,7 +214,8 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         progress_bar: bool = False,
     ) -> Self:
         """
-        Train for at least ``total_timesteps`` environment steps (whole rollouts).
+        Train for at least ``total_timesteps`` environment steps (whole rollouts). After :meth:`resume`, finish the
+        interrupted training: ``total_timesteps`` is then what that was given, steps that are done included.
 
         :param total_timesteps: a number ≥ 0, ``1e6`` is fine
         :param callback: called at every step and around rollouts; one that has a method ``on_training_failure(error)``
@@ -220,16 +229,48 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
         :raises ValueError: if it is negative or not finite
         """
         steps = _whole_steps(total_timesteps)
-        if not reset_num_timesteps:
+        if not reset_num_timesteps and self._unfinished is None:
             self._warn_about_short_learns()
         name = tb_log_name or type(self).__name__
         try:
-            super().learn(steps, callback, cast(int, log_interval), name, reset_num_timesteps, progress_bar)
+            self._iterate(steps, callback, log_interval, name, reset_num_timesteps, progress_bar)
         except BaseException as error:
             tell_failure(callback, error)
             raise
         self._merge_observations(self.rollout_buffer)
         return self
+
+    def _iterate(
+        self,
+        total_timesteps: int,
+        callback: Any,
+        log_interval: int | None,
+        tb_log_name: str,
+        reset_num_timesteps: bool,
+        progress_bar: bool,
+    ) -> None:
+        """SB3's loop, with a place between iterations and a counter of them that a checkpoint can keep."""
+        found = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        total_timesteps, callback = found
+        iteration = self._iteration  # callbacks read local variables under SB3's names
+        callback.on_training_start(locals(), globals())
+        self._finish_resuming(callback)
+        assert self.env is not None
+        listeners = between_iterations(callback)
+        while self._may_go_on(listeners, callback) and self.num_timesteps < total_timesteps:
+            if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
+                break
+            self._iteration = iteration = iteration + 1
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            if log_interval is not None and iteration % log_interval == 0:
+                self.dump_logs(iteration)
+            self.train()
+        callback.on_training_end()
+
+    def _may_go_on(self, listeners: list[ActsBetweenIterations], callback: BaseCallback) -> bool:
+        """Between two iterations nothing is under way: no rollout, no update."""
+        self._merge_observations(self.rollout_buffer)
+        return all([listener.on_iteration_end(callback) for listener in listeners])
 
     def _warn_about_short_learns(self) -> None:
         """Schedules over "this learn's total" start again in every further call: rates would jump up and down."""
@@ -257,10 +298,17 @@ class PolicyGradientPlus(ModelBuilding, RolloutProcessing, GradientUpdates, Pers
             if is_outside and getattr(self, f"_normalizes_{what}"):
                 raise ValueError(f"the model normalises {what} and so does the new environment's VecNormalize")
         super().set_env(env, force_reset)
+        self._env_id = None
 
     def _setup_learn(self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any) -> Any:
+        if self._unfinished is not None:
+            self._restore_environments(self._unfinished)
         before = self._last_obs
-        result = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
+        if self._unfinished is None:
+            result = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
+            self._iteration = 0
+        else:
+            result = self._resume_learn(total_timesteps, callback, *args, **kwargs)
         if self._last_obs is not before or len(self._carried_returns) != self.n_envs:
             self._carried_returns = [0.0] * self.n_envs  # the environments were reset
             check_finite_step(self._last_obs, None, 0)

@@ -71,6 +71,10 @@ class Persistence(_Base):
             "_resolved",
             "_device_infos",
             "_value_function",
+            "_env_id",
+            "_iteration",
+            "_unfinished",
+            "_resumed_from",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -77,6 +77,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def checkpoints(self) -> Path:
+        """What the run can be resumed from."""
+        return self.path / "checkpoints"
+
+    @property
     def error(self) -> Path:
         """Traceback of a run that failed."""
         return self.path / "error.txt"

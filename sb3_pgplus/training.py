@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,6 @@ from rich.panel import Panel
 from rich.table import Table
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import (
-    CSVOutputFormat,
     HumanOutputFormat,
     KVWriter,
     Logger,
@@ -25,15 +26,20 @@ from stable_baselines3.common.logger import (
 )
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_pgplus.callbacks.checkpoint import CheckpointCallback
 from sb3_pgplus.callbacks.evaluation import EvalCallback
 from sb3_pgplus.configs import ConfigError, RunSettings, algorithm_class, resolve_objects
 from sb3_pgplus.construction import PLUMBING
 from sb3_pgplus.environments import make_environments, one_line, policy_for, torch_threads
+from sb3_pgplus.errors import WorkerError
 from sb3_pgplus.files import write_atomically
+from sb3_pgplus.interruptions import Interruption
 from sb3_pgplus.on_policy import PolicyGradientPlus
 from sb3_pgplus.playing import Evaluation, evaluate, prepare_offscreen_rendering
 from sb3_pgplus.reporting.learning_curve import Episodes, plot_learning_curve
 from sb3_pgplus.reporting.progress_bar import EpisodeRecorder, TrainingProgress
+from sb3_pgplus.reporting.progress_csv import ProgressCSV
+from sb3_pgplus.resumed_runs import resume_model
 from sb3_pgplus.run_folder import RunFolder, check_unused, create_run_folder, package_versions
 from sb3_pgplus.vec_env import backend_of
 
@@ -42,6 +48,8 @@ if TYPE_CHECKING:
 
 #: A longer run logs every few iterations.
 MOST_ROWS = 500
+#: Signals after which a training finishes its iteration, writes a checkpoint and ends; the second one ends it at once.
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class TrainingError(RuntimeError):
@@ -59,6 +67,8 @@ class FinishedRun:
     interrupted: bool
     evaluation: Evaluation | None
     """Missing after an interruption, and where none was asked for."""
+    signal: int | None = None
+    """What interrupted it."""
 
 
 def train(
@@ -73,6 +83,8 @@ def train(
     eval_freq: int | None = None,
     eval_video: bool = False,
     tracking: Mapping[str, Any] | None = None,
+    checkpoint_freq: int | None = None,
+    resume: Path | None = None,
     console: Console | None = None,
 ) -> FinishedRun:
     """
@@ -88,6 +100,9 @@ def train(
     :param eval_freq: environment steps from one evaluation to the next while training; None: only at the end
     :param eval_video: record the first episode of each of these evaluations
     :param tracking: arguments of :class:`sb3_pgplus.callbacks.WandbCallback`; None: no tracking
+    :param checkpoint_freq: environment steps from one checkpoint to the next; None: only after a signal, or as before
+        in a resumed run
+    :param resume: folder of an interrupted run to go on with; ``settings`` are then its own
     :param console: where to report to, by default nowhere
     :raises ConfigError: if the settings are impossible, before anything is written
     :raises TrainingError: if training itself raises; then no model is left, and ``error.txt`` says why
@@ -104,20 +119,25 @@ def train(
     tracker = None if tracking is None else _tracker(tracking, settings)
     env = make_environments(settings.environment, n_envs=settings.n_envs, seed=settings.seed, backend=settings.backend)
     try:
-        model = build_model(settings, env, device=device, verbose=verbose)
-        folder = create_run_folder(out, algo=settings.algo, env=settings.environment.env, seed=settings.seed)
-        folder.write_config(run_config(settings, model))
+        if resume is None:
+            model = build_model(settings, env, device=device, verbose=verbose)
+            folder = create_run_folder(out, algo=settings.algo, env=settings.environment.env, seed=settings.seed)
+            folder.write_config(run_config(settings, model))
+        else:
+            model, folder = resume_model(settings, resume, env, device=device, verbose=verbose)
         console.print(start_panel(settings, model, folder))
         evaluator = None if eval_freq is None else _evaluator(settings, folder, eval_freq, eval_episodes, eval_video)
         if tracker is not None:
             tracker.init_kwargs["dir"] = str(folder.path)
             tracker.start(model)
-        start = time.perf_counter()
-        with torch_threads(env.observation_space, num_threads):
-            episodes, interrupted = _learn(model, settings, folder, console if progress else None, evaluator, tracker)
-        seconds = time.perf_counter() - start
+        with torch_threads(env.observation_space, num_threads), Interruption(STOPPING) as interruption:
+            checkpoints = CheckpointCallback(folder.checkpoints, checkpoint_freq, interruption=interruption)
+            shown = console if progress else None
+            episodes, interrupted = _learn(model, settings, folder, shown, checkpoints, evaluator, tracker)
+        seconds = (time.time_ns() - model.start_time) / 1e9  # those before an interruption included
     finally:
-        env.close()
+        with suppress(EOFError, ConnectionError):  # of worker processes that the same signal has ended
+            env.close()
     model.save(folder.model)  # whole or not at all
     _draw(folder, settings, model, episodes, console)
     evaluation = None
@@ -128,7 +148,7 @@ def train(
         summary = {} if evaluation is None else evaluation.summary()
         tracker.log_summary({f"evaluation/{name}": value for name, value in summary.items()})
         tracker.finish(255 if interrupted else 0)  # 255: "killed", unless `learn` has told it already
-    return FinishedRun(model, folder, episodes, seconds, interrupted, evaluation)
+    return FinishedRun(model, folder, episodes, seconds, interrupted, evaluation, interruption.signal)
 
 
 def build_model(
@@ -264,6 +284,7 @@ def _learn(
     settings: RunSettings,
     folder: RunFolder,
     console: Console | None,
+    checkpoints: CheckpointCallback,
     evaluator: EvalCallback | None,
     tracker: WandbCallback | None,
 ) -> tuple[Episodes, bool]:
@@ -275,15 +296,18 @@ def _learn(
     interrupted = False
     try:
         # The tracker is the last one, so that it sees what the others have logged and saved.
-        callbacks: list[BaseCallback] = [
-            callback for callback in (recorder, evaluator, bar, tracker) if callback is not None
-        ]
+        members = (recorder, evaluator, bar, checkpoints, tracker)
+        callbacks: list[BaseCallback] = [callback for callback in members if callback is not None]
         model.learn(settings.n_timesteps, callback=callbacks, log_interval=rows_between(model, settings.n_timesteps))
+        interrupted = checkpoints.is_asked_to_stop and model.num_timesteps < settings.n_timesteps
     except KeyboardInterrupt:
         interrupted = True
     except Exception as error:
-        folder.error.write_text(traceback.format_exc(), encoding="utf-8")
-        raise TrainingError(f"{type(error).__name__}: {error} (traceback in {folder.error})") from error
+        # A signal to all of the group, as Ctrl-C in a terminal is one, ends worker processes, too.
+        interrupted = checkpoints.is_asked_to_stop and isinstance(error, (EOFError, ConnectionError, WorkerError))
+        if not interrupted:
+            folder.error.write_text(traceback.format_exc(), encoding="utf-8")
+            raise TrainingError(f"{type(error).__name__}: {error} (traceback in {folder.error})") from error
     finally:
         recorder.close()
         if evaluator:
@@ -314,7 +338,7 @@ def rows_between(model: PolicyGradientPlus[Any], n_timesteps: int) -> int:
 
 
 def _logger(model: PolicyGradientPlus[Any], folder: RunFolder) -> Logger:
-    formats: list[KVWriter] = [CSVOutputFormat(str(folder.progress))]
+    formats: list[KVWriter] = [ProgressCSV(folder.progress, model.num_timesteps or None)]
     if model.verbose >= 1:
         formats.append(HumanOutputFormat(_StandardOutput()))  # type: ignore[arg-type]
     if model.tensorboard_log is not None:

@@ -4,13 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sb3_pgplus.callbacks.checkpoint import CheckpointCallback
     from sb3_pgplus.callbacks.evaluation import EvalCallback
     from sb3_pgplus.callbacks.wandb import WandbCallback
 
-__all__ = ["EvalCallback", "WandbCallback"]
+__all__ = ["CheckpointCallback", "EvalCallback", "WandbCallback"]
 
 #: Imported when they are asked for: some need an optional package.
-_MODULES = {"EvalCallback": "evaluation", "WandbCallback": "wandb"}
+_MODULES = {"CheckpointCallback": "checkpoint", "EvalCallback": "evaluation", "WandbCallback": "wandb"}
 
 
 def __getattr__(name: str) -> Any:

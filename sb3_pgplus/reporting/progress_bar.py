@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,8 +15,10 @@ from rich.text import Text
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.utils import safe_mean
 
-from sb3_pgplus.reporting.learning_curve import EPISODE_COLUMNS, Episodes
+from sb3_pgplus.files import write_atomically
+from sb3_pgplus.reporting.learning_curve import EPISODE_COLUMNS, Episodes, read_episodes
 from sb3_pgplus.reporting.live_table import LiveTable
+from sb3_pgplus.reporting.progress_csv import rows_until
 
 REFRESH_SECONDS = 0.2
 PLAIN_LINES = 10
@@ -37,12 +40,29 @@ class EpisodeRecorder(BaseCallback):
         self._path = path
         self._file: IO[str] | None = None
         self._start = 0.0
+        self._seconds_before: float | None = None
 
     def _on_training_start(self) -> None:
-        self._start = time.perf_counter()
+        rows = [[*EPISODE_COLUMNS]]
+        if self._seconds_before is not None:  # those after the checkpoint will come again
+            rows = rows_until(self._path, EPISODE_COLUMNS[0], self.num_timesteps) or rows
+        write_atomically(self._path, "".join(",".join(row) + "\n" for row in rows).encode())
+        self.episodes = read_episodes(self._path)
+        self._start = time.perf_counter() - (self._seconds_before or 0.0)
         # Line buffered: what has been recorded survives whatever ends the process.
-        self._file = self._path.open("w", encoding="utf-8", buffering=1)
-        self._file.write(",".join(EPISODE_COLUMNS) + "\n")
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What a checkpoint holds: the episodes are in the file."""
+        return {"seconds": time.perf_counter() - self._start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Continue the file of an interrupted training instead of beginning it anew.
+
+        :param state: of :meth:`state_dict`
+        """
+        self._seconds_before = state["seconds"]
 
     def _on_step(self) -> bool:
         if not self.locals["dones"].any():
@@ -97,6 +117,7 @@ class TrainingProgress(BaseCallback):
         self._evaluator = evaluator
         self._n_evaluations = 0
         self._first_step = 0
+        self._steps_before = 0
         self._next_refresh = 0.0
         self._next_line = 0.0
         self._start = time.perf_counter()
@@ -120,7 +141,7 @@ class TrainingProgress(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._start = time.perf_counter()
-        self._first_step = self.num_timesteps
+        self._first_step = self.num_timesteps - self._steps_before
         self._next_line = self._total / PLAIN_LINES
         if self._console.is_terminal:
             self._live.start()
@@ -128,6 +149,18 @@ class TrainingProgress(BaseCallback):
     def _on_rollout_start(self) -> None:
         # What the update before has logged; later it may have been written and forgotten.
         self._numbers.add({**self.logger.name_to_value, "return": self._recent("r"), "length": self._recent("l")})
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What a checkpoint holds: how far the bar is."""
+        return {"steps": self.num_timesteps - self._first_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Go on where the bar of an interrupted training was.
+
+        :param state: of :meth:`state_dict`
+        """
+        self._steps_before = state["steps"]
 
     def _on_step(self) -> bool:
         now = time.perf_counter()
@@ -150,7 +183,7 @@ class TrainingProgress(BaseCallback):
         elif done >= self._next_line:
             chunk = max(self._total // PLAIN_LINES, 1)
             self._next_line = (done // chunk + 1) * chunk
-            speed = done / max(now - self._start, 1e-9)
+            speed = (done - self._steps_before) / max(now - self._start, 1e-9)
             recent = self._recent("r")
             shown = "–" if recent is None else f"{recent:,.1f}"
             steps = f"{done:>12,}/{self._total:,} steps"
