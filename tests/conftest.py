@@ -1,6 +1,11 @@
 """Fixtures of all tests."""
 
 import os
+import signal
+
+# A shell starts background jobs with Ctrl-C ignored, and what they start inherits that: tests of it would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before pygame is imported: no window, no sound.
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
