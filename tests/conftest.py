@@ -3,7 +3,7 @@
 import os
 import signal
 
-# A shell starts background jobs with Ctrl-C ignored, and what they start inherits that: tests of it would wait for ever.
+# A shell starts background jobs with Ctrl-C ignored, which what they start inherits: tests of it would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
