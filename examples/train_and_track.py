@@ -10,10 +10,8 @@ leaves. Without a network or an account: WANDB_MODE=offline, and `wandb sync` la
 
 import argparse
 
-from stable_baselines3.common.callbacks import EvalCallback
-
 from sb3_pgplus import PPOPlus, make_vec_env
-from sb3_pgplus.callbacks import WandbCallback
+from sb3_pgplus.callbacks import EvalCallback, WandbCallback
 
 parser = argparse.ArgumentParser(description="Train PPOPlus on CartPole and track it.")
 parser.add_argument("--timesteps", type=float, default=100_000, help="environment steps")
@@ -24,9 +22,7 @@ args = parser.parse_args()
 
 env = make_vec_env("CartPole-v1", n_envs=8, seed=args.seed)
 model = PPOPlus("MlpPolicy", env, n_steps=128, batch_size=256, learning_rate="lin_1e-3", seed=args.seed)
-evaluation = EvalCallback(  # eval_freq counts steps of all environments at once
-    make_vec_env("CartPole-v1", seed=args.seed + 1000), eval_freq=256, best_model_save_path=args.out, verbose=0
-)
+evaluation = EvalCallback("CartPole-v1", every=2000, best_model_save_path=args.out, verbose=0)
 tracking = WandbCallback(args.project, name=f"cartpole-seed{args.seed}", tags=["example"])
 model.learn(args.timesteps, callback=[evaluation, tracking])
 print(f"best mean return {evaluation.best_mean_reward:.1f}, run {model.wandb_run_id}")

@@ -108,14 +108,9 @@ def train(
     :raises TrainingError: if training itself raises; then no model is left, and ``error.txt`` says why
     """
     console = console or Console(quiet=True)
-    if eval_freq is None and eval_video:
-        raise ConfigError("--eval-video records the evaluations while training: give --eval-freq, too")
-    if eval_freq is not None and not eval_episodes:
-        raise ConfigError("--eval-freq asks for evaluations and --eval-episodes 0 for none")
+    _check_evaluations(eval_freq, eval_episodes, eval_video)
     if out is not None:
         check_unused(out)
-    if eval_video:
-        prepare_offscreen_rendering()
     tracker = None if tracking is None else _tracker(tracking, settings)
     env = make_environments(settings.environment, n_envs=settings.n_envs, seed=settings.seed, backend=settings.backend)
     try:
@@ -140,15 +135,31 @@ def train(
             env.close()
     model.save(folder.model)  # whole or not at all
     _draw(folder, settings, model, episodes, console)
-    evaluation = None
-    if eval_episodes and not interrupted:
-        evaluation = evaluate(model, settings.environment, n_episodes=eval_episodes, backend=settings.backend)
-        write_atomically(folder.evaluation, yaml.safe_dump(evaluation.summary(), sort_keys=False).encode())
+    evaluation = _final_evaluation(model, settings, folder, 0 if interrupted else eval_episodes)
     if tracker is not None:
         summary = {} if evaluation is None else evaluation.summary()
         tracker.log_summary({f"evaluation/{name}": value for name, value in summary.items()})
         tracker.finish(255 if interrupted else 0)  # 255: "killed", unless `learn` has told it already
     return FinishedRun(model, folder, episodes, seconds, interrupted, evaluation, interruption.signal)
+
+
+def _check_evaluations(every: int | None, n_episodes: int, video: bool) -> None:
+    if every is None and video:
+        raise ConfigError("--eval-video records the evaluations while training: give --eval-freq, too")
+    if every is not None and not n_episodes:
+        raise ConfigError("--eval-freq asks for evaluations and --eval-episodes 0 for none")
+    if video:
+        prepare_offscreen_rendering()
+
+
+def _final_evaluation(
+    model: PolicyGradientPlus[Any], settings: RunSettings, folder: RunFolder, n_episodes: int
+) -> Evaluation | None:
+    if not n_episodes:
+        return None
+    evaluation = evaluate(model, settings.environment, n_episodes=n_episodes, backend=settings.backend)
+    write_atomically(folder.evaluation, yaml.safe_dump(evaluation.summary(), sort_keys=False).encode())
+    return evaluation
 
 
 def build_model(

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from sb3_pgplus import A2CPlus, PPOPlus, checkpoints, make_vec_env
 from sb3_pgplus.callbacks import CheckpointCallback
+from sb3_pgplus.callbacks import EvalCallback as OurEvalCallback
 from sb3_pgplus.cli import app
 from sb3_pgplus.errors import CheckpointError
 from sb3_pgplus.interruptions import Interruption
@@ -211,6 +212,23 @@ def test_callbacks_get_their_state_back_however_they_are_nested(tmp_path: Path) 
         assert getattr(first[1], name) == getattr(second[1], name)  # on the same episodes: its environment went on, too
     assert first[2].n_episodes == second[2].n_episodes > 0
     cases.assert_same(checkpoints.path_of(tmp_path / "a", 64), checkpoints.path_of(tmp_path / "b", 64))
+
+
+def test_evaluations_of_a_resumed_training_go_on_from_those_before(tmp_path: Path) -> None:
+    def trained(model: PPOPlus, name: str) -> Path:
+        evaluation = OurEvalCallback(
+            "CartPole-v1", n_eval_episodes=3, every=20, log_path=tmp_path / name, verbose=0, n_envs=3
+        )
+        model.learn(64, [evaluation, CheckpointCallback(tmp_path / f"{name}-checkpoints", 16, keep=9)])
+        evaluation.close()
+        return tmp_path / name / "evaluations.npz"
+
+    whole = np.load(trained(PPOPlus("MlpPolicy", "CartPole-v1", n_envs=2, **SMALL), "whole"))
+    half = checkpoints.path_of(tmp_path / "whole-checkpoints", 32)
+    resumed = np.load(trained(PPOPlus.resume(half, device="cpu"), "resumed"))
+    assert whole["timesteps"].tolist() == [20, 40, 60]  # the first of them was before the checkpoint
+    for name in ("timesteps", "results", "ep_lengths", "iqm"):
+        np.testing.assert_array_equal(resumed[name], whole[name])
 
 
 def test_a_constructors_arguments_are_those_of_the_resumed_process(tmp_path: Path) -> None:
