@@ -56,8 +56,7 @@ def play_episodes(
     :param warn: tell where no ``Monitor`` keeps the rewards from other wrappers
     :return: the episodes
     """
-    is_monitored = is_vecenv_wrapped(env, VecMonitor) or env.env_is_wrapped(Monitor)[0]
-    if warn and not is_monitored:
+    if warn and not (is_vecenv_wrapped(env, VecMonitor) or env.env_is_wrapped(Monitor)[0]):
         warnings.warn(
             "the evaluation environment has no Monitor: returns and lengths are those that its wrappers show",
             stacklevel=2,
@@ -69,7 +68,7 @@ def play_episodes(
         for first in range(0, n_episodes, env.num_envs):
             _start(env, seed + first)
             n_wanted = min(env.num_envs, n_episodes - first)
-            infos = _play_round(model, env, n_wanted, deterministic, is_monitored, after_step)
+            infos = _play_round(model, env, n_wanted, deterministic, after_step)
             for info in infos:
                 played.returns.append(float(info["episode"]["r"]))
                 played.lengths.append(int(info["episode"]["l"]))
@@ -90,10 +89,12 @@ def _play_round(
     env: VecEnv,
     n_wanted: int,
     deterministic: bool,
-    is_monitored: bool,
     after_step: Callable[[], object] | None,
 ) -> list[dict[str, Any]]:
     """One episode of each of the first environments: its last info, with the entry ``episode``."""
+    # A life lost in Atari is no end of the game: its monitor knows that. Any other wrapper's end is one, even where the
+    # monitor inside has seen none, because the environment is reset then.
+    has_lives = env.env_is_wrapped(EpisodicLifeEnv)[0]
     finished: dict[int, dict[str, Any]] = {}
     returns, lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, dtype=int)
     observations: Any = env.reset()
@@ -104,10 +105,8 @@ def _play_round(
         returns += rewards
         lengths += 1
         for i in np.flatnonzero(starts[:n_wanted]).tolist():
-            # A wrapper may end episodes earlier (a life lost in Atari); the monitor knows the true ones.
-            own = {} if is_monitored else {"episode": {"r": returns[i], "l": lengths[i]}}
-            if i not in finished and "episode" in infos[i] | own:
-                finished[i] = infos[i] | own
+            if i not in finished and ("episode" in infos[i] or not has_lives):
+                finished[i] = {"episode": {"r": returns[i], "l": lengths[i]}, **infos[i]}
         if after_step is not None and len(finished) < n_wanted:
             after_step()
     return [finished[i] for i in range(n_wanted)]

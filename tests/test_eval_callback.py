@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common import callbacks as sb3_callbacks
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
@@ -108,6 +109,13 @@ def test_evaluation_leaves_the_random_generators_alone() -> None:
         expected = draw()
     play_episodes(model, env, n_episodes=2, deterministic=False)
     assert draw() == expected
+
+
+def test_a_wrapper_outside_the_monitor_may_end_episodes() -> None:
+    model = cartpole_model()
+    env = DummyVecEnv([lambda: TimeLimit(Monitor(gym.make("CartPole-v1")), 5)] * 2)  # whose monitor never sees an end
+    played = play_episodes(model, env, n_episodes=3)
+    assert (played.lengths, played.returns) == ([5, 5, 5], [5.0, 5.0, 5.0])
 
 
 def test_an_atari_life_lost_is_no_episode_and_no_start_of_one() -> None:

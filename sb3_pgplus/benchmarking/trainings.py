@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization
 
 from sb3_pgplus.benchmarking import stock, store
 from sb3_pgplus.benchmarking.suites import Run
 from sb3_pgplus.environments import make_environments
-from sb3_pgplus.evaluation import EVALUATION_SEED
+from sb3_pgplus.evaluation import EVALUATION_SEED, play_episodes
 from sb3_pgplus.run_folder import package_versions
 from sb3_pgplus.training import build_model
 from sb3_pgplus.vec_env import backend_of
@@ -201,7 +200,5 @@ def _play(model: BaseAlgorithm, env: VecEnv, protocol: Protocol) -> tuple[list[f
     training_env = model.get_env()
     if isinstance(env, VecNormalize) and training_env is not None:
         sync_envs_normalization(training_env, env)
-    env.seed(protocol.seed)
-    returns, lengths = evaluate_policy(model, env, protocol.n_episodes, return_episode_rewards=True, warn=False)
-    assert isinstance(returns, list) and isinstance(lengths, list)
-    return [float(value) for value in returns], [int(value) for value in lengths]
+    played = play_episodes(model, env, n_episodes=protocol.n_episodes, seed=protocol.seed, warn=False)
+    return played.returns, played.lengths

@@ -13,7 +13,7 @@ from sb3_pgplus.tuning.spaces import Space
 FIRST_TEST_SEED = 10_000
 """Tuning seeds count up from 0, test seeds from here."""
 EVALUATION_SEEDS = 1_000_000
-"""The evaluation of a training with seed s starts its environment from this plus s."""
+"""The n evaluation episodes of a training with seed s are the first ones of the seeds from this plus s·n on."""
 LAST_EVALUATIONS = 3
 """``objective="final"`` is the mean of so many."""
 GOALS = {"return": "maximize", "time": "minimize", "memory": "minimize"}

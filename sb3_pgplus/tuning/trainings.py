@@ -17,11 +17,11 @@ from multiprocessing.connection import Connection, wait
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.configs import RunSettings
 from sb3_pgplus.environments import make_environments
+from sb3_pgplus.evaluation import play_episodes
 from sb3_pgplus.processes import Child, ProcessDiedError
 from sb3_pgplus.training import build_model
 from sb3_pgplus.tuning.plan import EVALUATION_SEEDS, LAST_EVALUATIONS
@@ -202,7 +202,7 @@ def _train(connection: Connection, settings: RunSettings, protocol: Protocol) ->
 def _run(connection: Connection, settings: RunSettings, protocol: Protocol) -> SeedRun:
     start = time.perf_counter()
     env = make_environments(settings.environment, n_envs=settings.n_envs, seed=settings.seed, backend=settings.backend)
-    eval_env = make_environments(settings.environment, backend=settings.backend)
+    eval_env = make_environments(settings.environment, n_envs=protocol.eval_episodes, backend=settings.backend)
     try:
         model = build_model(settings, env, device=protocol.device)
         callback = _Evaluations(connection, settings, eval_env, protocol)
@@ -233,11 +233,12 @@ class _Evaluations(BaseCallback):
         self._evaluate()
 
     def _evaluate(self) -> None:
-        self._env.seed(EVALUATION_SEEDS + self._settings.seed)
-        mean, _ = evaluate_policy(self.model, self._env, self._protocol.eval_episodes, warn=False)
+        n_episodes = self._protocol.eval_episodes
+        seed = EVALUATION_SEEDS + self._settings.seed * n_episodes
+        mean = np.mean(play_episodes(self.model, self._env, n_episodes=n_episodes, seed=seed, warn=False).returns)
         if not np.isfinite(mean):
             raise FloatingPointError(f"the mean return of evaluation {len(self.returns) + 1} is {mean}")
-        self.returns.append(float(mean))  # type: ignore[arg-type]
+        self.returns.append(float(mean))
         self._connection.send(Measured(self._settings.seed, len(self.returns), self.returns[-1], _peak_memory()))
 
 
