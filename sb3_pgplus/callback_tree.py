@@ -29,9 +29,22 @@ def tell_failure(callback: Any, error: BaseException) -> None:
     :param callback: what ``learn`` was given
     :param error: what ended the training; ``KeyboardInterrupt`` for Ctrl-C
     """
+    _call(callback, "on_training_failure", error)
+
+
+def tell_return(callback: Any) -> None:
+    """
+    Call ``on_learn_return()`` of the callbacks that have it: every ``on_training_end`` is over, and ``learn`` is, too.
+
+    :param callback: what ``learn`` was given
+    """
+    _call(callback, "on_learn_return")
+
+
+def _call(callback: Any, method: str, *args: Any) -> None:
     told: set[int] = set()
     for member in callbacks_in(callback):
-        listener = getattr(member, "on_training_failure", None)
+        listener = getattr(member, method, None)
         if listener is not None and id(member) not in told:  # an EvalCallback names one of its callbacks twice
             told.add(id(member))
-            listener(error)
+            listener(*args)

@@ -57,3 +57,13 @@ def warn_user(message: str) -> None:
 
 
 _LIBRARIES = ("sb3_pgplus", "stable_baselines3", "contextlib")
+
+
+def warn_not_written(path: object, error: OSError) -> None:
+    """
+    Say that a file beside the training could not be written, on a full disk for example.
+
+    :param path: of the file
+    :param error: why
+    """
+    warn_user(f"{path} could not be written ({error.strerror or error}). Training goes on.")

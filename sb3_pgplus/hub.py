@@ -75,6 +75,10 @@ def prepare(run: Path, repo: str, folder: Path) -> Package:
     source = RunFolder(loaded.path.parent)
     if not source.config.is_file():
         raise ConfigError(f"there is no {source.config}: give a run folder")
+    if loaded.path != source.model:
+        raise ConfigError(
+            f"{run}: give the run folder; its evaluation and learning curve belong to {source.model.name}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for file, name in (
         (loaded.path, source.model.name),

@@ -29,7 +29,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.buffers import RolloutEnd, TorchRolloutBuffer
 from sb3_pgplus.building import ModelBuilding, normalized_outside
-from sb3_pgplus.callback_tree import tell_failure
+from sb3_pgplus.callback_tree import tell_failure, tell_return
 from sb3_pgplus.construction import PLUMBING, bind, signature_of
 from sb3_pgplus.engine import Engine
 from sb3_pgplus.errors import HyperparameterError, warn_user
@@ -238,6 +238,7 @@ class PolicyGradientPlus(
             tell_failure(callback, error)
             raise
         self._merge_observations(self.rollout_buffer)
+        tell_return(callback)
         return self
 
     def _iterate(

@@ -111,14 +111,12 @@ class Persistence(_Base):
         pickled = [part for name, entry in entries.items() for part in pickled_parts(entry, name)]
         if pickled and self.verbose >= 1:
             print(f"Loading {path} will ask for trust, because it holds pickles: {', '.join(pickled)}")
-        if not isinstance(path, (str, pathlib.Path)) or pathlib.Path(path).is_dir():
-            file = open_path(path, "w", suffix="zip")  # nothing to rename, or SB3's rule for folders
-            file.write(content)
-            if file is not path:
-                file.close()
-            return
-        target = pathlib.Path(path)
-        write_atomically(target if target.suffix else target.with_name(f"{target.name}.zip"), content)
+        if isinstance(path, (str, pathlib.Path)):
+            target = pathlib.Path(path)
+            is_whole = target.suffix and not target.is_dir()
+            write_atomically(target if is_whole else target.with_name(f"{target.name}.zip"), content)
+        else:
+            open_path(path, "w", suffix="zip").write(content)
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"

@@ -65,9 +65,17 @@ def resume_model(
         model = algorithm_class(settings.algo).resume(folder.checkpoints, env, device)
     except (CheckpointError, ValueError) as error:
         raise ConfigError(one_line(error)) from error
-    if model.num_timesteps >= settings.n_timesteps and folder.model.is_file():
+    if model.num_timesteps >= settings.n_timesteps and _is_of(folder.model, model):
         raise ConfigError(f"{run} has finished: it has all of its {settings.n_timesteps:,} steps")
     model.verbose = verbose
     for leftover in (folder.error, *run.glob(".*.tmp")):
         leftover.unlink(missing_ok=True)
     return model, folder
+
+
+def _is_of(path: Path, model: PolicyGradientPlus[Any]) -> bool:
+    """Whether the run's model is the one of its last checkpoint, and not that of an interruption before it."""
+    try:
+        return bool(type(model).load(path, device="cpu").num_timesteps == model.num_timesteps)
+    except (OSError, ValueError):  # there is none, or it is damaged
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -133,7 +134,10 @@ def train(
     finally:
         with suppress(EOFError, ConnectionError):  # of worker processes that the same signal has ended
             env.close()
-    model.save(folder.model)  # whole or not at all
+    try:
+        model.save(folder.model)  # whole or not at all
+    except OSError as error:
+        raise TrainingError(f"{folder.model} could not be written: {error.strerror or error}") from error
     _draw(folder, settings, model, episodes, console)
     evaluation = _final_evaluation(model, settings, folder, 0 if interrupted else eval_episodes)
     if tracker is not None:
@@ -317,7 +321,8 @@ def _learn(
         # A signal to all of the group, as Ctrl-C in a terminal is one, ends worker processes, too.
         interrupted = checkpoints.is_asked_to_stop and isinstance(error, (EOFError, ConnectionError, WorkerError))
         if not interrupted:
-            folder.error.write_text(traceback.format_exc(), encoding="utf-8")
+            with suppress(OSError):
+                folder.error.write_text(traceback.format_exc(), encoding="utf-8")
             raise TrainingError(f"{type(error).__name__}: {error} (traceback in {folder.error})") from error
     finally:
         recorder.close()
@@ -345,7 +350,7 @@ def rows_between(model: PolicyGradientPlus[Any], n_timesteps: int) -> int:
     :param model: knows the length of its rollouts
     :param n_timesteps: length of the run
     """
-    return max(1, n_timesteps // (model.n_steps * model.n_envs * MOST_ROWS))
+    return math.ceil(n_timesteps / (model.n_steps * model.n_envs * MOST_ROWS))
 
 
 def _logger(model: PolicyGradientPlus[Any], folder: RunFolder) -> Logger:

@@ -140,6 +140,10 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         distribution = self.policy.get_distribution(batch.observations)
         loss = self._objective(distribution, batch, hp)
         old = (loss.detach(), distribution_parameters(distribution))
+        with th.no_grad():
+            entropy = distribution.entropy()
+            entropy_loss = losses.entropy_loss(-batch.old_log_prob if entropy is None else entropy)
+        self.logger.record("train/entropy_loss", float(entropy_loss))
         fisher = fisher_outputs(distribution) if hp.fisher_sub_sampling_factor == 1 else None
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         gradients = th.autograd.grad(loss, parameters, retain_graph=fisher is not None, allow_unused=True)

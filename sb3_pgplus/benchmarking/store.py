@@ -194,18 +194,23 @@ def described_settings(run: Run) -> dict[str, Any]:
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """
-    Settings that a stored run has otherwise. One that only one side knows is new since then, and no difference.
+    Settings that a stored run has otherwise. A hyperparameter of ours that only one side knows is new since then, and
+    no difference; anything else that one side leaves out has its default there.
 
     :param stored: of the file
     :param wanted: of the training that is asked for
     :return: ``"name: old → new"``
     """
     wanted = json.loads(json.dumps(wanted))  # tuples become lists
-    return [
-        f"{name}: {stored[name]!r} → {value!r}"
-        for name, value in wanted.items()
-        if name in stored and stored[name] != value
-    ]
+    ours = set(algorithm_class(wanted["algo"]).hparams_class.names()) if wanted["algo"] in algorithm_names() else set()
+    found = []
+    for name in dict.fromkeys((*wanted, *stored)):
+        if name in ours and not (name in stored and name in wanted):
+            continue
+        old, new = (side.get(name, PLUMBING.get(name)) for side in (stored, wanted))
+        if old != new:
+            found.append(f"{name}: {old!r} → {new!r}")
+    return found
 
 
 @cache

@@ -82,6 +82,9 @@ class CheckpointCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._release_signals()
+
+    def on_learn_return(self) -> None:
+        """Called when ``learn`` is over: after SIGTERM the process ends, now that all callbacks have ended well."""
         if self._own_signals is not None and self._own_signals.signal is not None:
             raise SystemExit(exit_code(self._own_signals.signal))
 

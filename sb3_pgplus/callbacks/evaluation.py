@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wra
 
 from sb3_pgplus.configs import EnvironmentSpec
 from sb3_pgplus.environments import make_environments, one_line
+from sb3_pgplus.errors import warn_not_written
 from sb3_pgplus.evaluation import EVALUATION_SEED, PlayedEpisodes, play_episodes, random_state_kept
 from sb3_pgplus.files import write_atomically
 from sb3_pgplus.playing import EVALUATION_ENVS, check_spaces, record_episodes, record_vec_env
@@ -169,7 +170,7 @@ class EvalCallback(sb3_callbacks.EvalCallback):
             if self.verbose >= 1:
                 print("New best mean reward!")
             if self.best_model_save_path is not None:
-                self.model.save(Path(self.best_model_save_path) / "best_model.zip")
+                self._save_best(Path(self.best_model_save_path) / "best_model.zip")
             if self.callback_on_new_best is not None:
                 going_on = self.callback_on_new_best.on_step()
         return going_on and self._on_event()
@@ -212,7 +213,16 @@ class EvalCallback(sb3_callbacks.EvalCallback):
         }
         data = io.BytesIO()
         np.savez(data, **arrays)
-        write_atomically(f"{self.log_path}.npz", data.getvalue())
+        try:
+            write_atomically(f"{self.log_path}.npz", data.getvalue())
+        except OSError as error:
+            warn_not_written(f"{self.log_path}.npz", error)
+
+    def _save_best(self, path: Path) -> None:
+        try:
+            self.model.save(path)
+        except OSError as error:
+            warn_not_written(path, error)
 
     def _log(self, played: PlayedEpisodes, seconds: float) -> None:
         low, high = self._intervals[-1]

@@ -15,6 +15,7 @@ from rich.text import Text
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.utils import safe_mean
 
+from sb3_pgplus.errors import warn_not_written
 from sb3_pgplus.files import write_atomically
 from sb3_pgplus.reporting.learning_curve import EPISODE_COLUMNS, Episodes, read_episodes
 from sb3_pgplus.reporting.live_table import LiveTable
@@ -79,12 +80,18 @@ class EpisodeRecorder(BaseCallback):
         seconds = time.perf_counter() - self._start
         self.episodes.seconds.append(seconds)
         if self._file is not None:
-            self._file.write(f"{self.num_timesteps},{episode_return!r},{length},{seconds:.3f}\n")
+            try:
+                self._file.write(f"{self.num_timesteps},{episode_return!r},{length},{seconds:.3f}\n")
+            except OSError as error:
+                warn_not_written(self._file.name, error)
 
     def close(self) -> None:
         """Close the file; SB3 has no hook for a training that was interrupted, so the caller does it."""
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                warn_not_written(self._file.name, error)
             self._file = None
 
 

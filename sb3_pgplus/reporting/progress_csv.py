@@ -9,6 +9,7 @@ from typing import Any
 
 from stable_baselines3.common.logger import CSVOutputFormat, filter_excluded_keys
 
+from sb3_pgplus.errors import warn_not_written
 from sb3_pgplus.files import write_atomically
 
 STEPS = "time/total_timesteps"
@@ -43,10 +44,20 @@ class ProgressCSV(CSVOutputFormat):
         :param key_excluded: name → formats that leave it out
         :param step: of the log
         """
-        new = filter_excluded_keys(key_values, key_excluded, "csv").keys() - set(self.keys)
-        if new:
-            self._add_columns(sorted(new))
-        super().write(key_values, key_excluded, step)
+        try:
+            new = filter_excluded_keys(key_values, key_excluded, "csv").keys() - set(self.keys)
+            if new:
+                self._add_columns(sorted(new))
+            super().write(key_values, key_excluded, step)
+        except OSError as error:
+            warn_not_written(self._path, error)
+
+    def close(self) -> None:
+        """Close the file."""
+        try:
+            super().close()
+        except OSError as error:
+            warn_not_written(self._path, error)
 
     def _add_columns(self, names: list[str]) -> None:
         self.file.close()
