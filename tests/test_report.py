@@ -78,6 +78,9 @@ def judged(metric: str, values: list[float], settings: dict[str, Any] | None = N
         ("explained_variance", [0.9] * 6 + [-0.1, -0.3], PROBLEM, "-0.20: the critic is worse than a constant"),
         ("explained_variance", [-1.0] * 6 + [0.1, 0.3], WARNING, "0.20: the critic knows little"),
         ("explained_variance", [-1.0] * 6 + [0.8, 1.0], GOOD, "0.90: the critic predicts"),
+        # of returns that do not vary it is NaN, by design
+        ("explained_variance", [np.nan, -1.0, -1.0, 0.8, np.nan], GOOD, "0.80: the critic predicts"),
+        ("explained_variance", [np.nan] * 3, NOTE, "The returns do not vary, so there is nothing to explain"),
         # entropy_loss is minus the entropy; 0.02 / 0.5 = 4 %
         ("entropy_loss", [-0.5, -0.1, -0.02], WARNING, "Down to 4.0%: nearly deterministic"),
         ("entropy_loss", [-0.5, -0.3, -0.25], GOOD, "Down to 50% of its start"),
@@ -341,6 +344,14 @@ def test_the_report_of_a_run_without_evaluation_says_how_to_get_one(trained: dic
     assert "There was none: sb3-pgplus train --eval-freq" in page.text and "<video" not in page.source
 
 
+def test_the_report_of_returns_that_do_not_vary_raises_no_alarm(trained: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained["a2cplus"], tmp_path / "run"))
+    rows = "".join(f"{step},nan\n" for step in (100, 200, 300))
+    (folder / "progress.csv").write_text(f"time/total_timesteps,train/explained_variance\n{rows}", encoding="utf-8")
+    text = report(folder).text
+    assert "there is nothing to explain" in text and "broken down" not in text
+
+
 def test_the_report_of_a_run_without_a_model_or_metrics_works(trained: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -414,6 +425,12 @@ def test_a_trend_keeps_equal_parts_of_the_whole_course() -> None:
     assert len(trend.sparkline()) == 12 and trend.sparkline()[0] == "▁" and trend.sparkline()[-1] == "█"
     assert sorted(trend.sparkline()) == list(trend.sparkline())  # a rising number rises
     assert len(trend._means) < 24  # constant memory
+
+
+def test_a_single_nan_is_an_alarm_but_where_returns_do_not_vary() -> None:
+    explained, kl = (diagnostics.judge_number(f"train/{name}", np.nan) for name in ("explained_variance", "approx_kl"))
+    assert explained is not None and explained.level == NOTE
+    assert kl is not None and kl.level == PROBLEM
 
 
 def test_a_trend_of_one_or_equal_numbers_has_no_course() -> None:

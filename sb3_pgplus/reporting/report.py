@@ -127,6 +127,8 @@ def _metric(run: Run, check: Check) -> str:
     series = run.progress[check.metric]
     if check.metric == "train/entropy_loss":
         series = replace(series, values=-series.values)
+    if np.isnan(series.values).all():
+        return "<p>no number</p>"
     if np.ptp(series.values) == 0:
         return f"<p>{series.values[0]:g} all the time</p>"
     return figures.metric(series, check.title)
