@@ -68,6 +68,14 @@ def test_a_folder_given_twice_counts_once(runs: Path) -> None:
     assert len(find_runs([runs, runs / "ppo0", runs / "a2c"])) == 3
 
 
+def test_what_lies_in_a_run_folder_is_no_run_of_its_own(runs: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs / "ppo0", tmp_path / "sweep" / "run"))
+    shutil.copytree(runs / "a2c", folder / "hub")  # push --dry-run leaves one there
+    for path in (tmp_path, folder):
+        assert [found.folder.path for found in find_runs([path])] == [folder]
+    assert [found.folder.path for found in find_runs([folder / "hub"])] == [folder / "hub"]  # if asked for
+
+
 # --- what is drawn ----------------------------------------------------------------------------------------------------
 
 

@@ -118,14 +118,16 @@ class Run:
 
 def find_runs(paths: Iterable[Path]) -> list[Run]:
     """
-    Read the runs in some folders, at any depth.
+    Read the runs in some folders, at any depth. What a run folder itself holds is no run of its own: ``push --dry-run``
+    leaves a copy of the configuration there.
 
     :param paths: run folders, or folders that hold some
     :raises ConfigError: if one of them holds none
     """
     folders: dict[Path, None] = {}
     for path in paths:
-        found = [path] if RunFolder(path).config.is_file() else sorted(file.parent for file in path.rglob("config.yml"))
+        inside = {file.parent for file in path.rglob("config.yml")}
+        found = sorted(folder for folder in inside if inside.isdisjoint(folder.parents))
         if not found:
             raise ConfigError(f"{path} is no run folder and holds none: there is no config.yml in it")
         folders |= dict.fromkeys(found)
