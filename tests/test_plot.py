@@ -11,7 +11,9 @@ from test_cli import run, succeed
 
 from sb3_pgplus.configs import ConfigError
 from sb3_pgplus.reporting.comparison import band_of, on_common_points, plot_curves
-from sb3_pgplus.reporting.runs import Series, find_runs, grouped, read_metrics, read_run
+from sb3_pgplus.reporting.learning_curve import Episodes
+from sb3_pgplus.reporting.runs import Run, Series, find_runs, grouped, read_metrics, read_run
+from sb3_pgplus.run_folder import RunFolder
 from sb3_pgplus.statistics import iqm
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -104,6 +106,13 @@ def test_the_time_axis_is_the_seconds_of_the_episodes(runs: Path) -> None:
     assert curve.over("steps").tolist() == [float(row[0]) for row in rows]
     # The last point is the mean of the last episodes: 5 of up to 100.
     assert curve.values[-1] == pytest.approx(np.mean([float(row[1]) for row in rows[-5:]]))
+
+
+def test_a_curve_has_no_points_where_no_return_is_a_number() -> None:
+    episodes = Episodes([10, 20, 30], [np.nan, 2.0, 4.0], [10] * 3, [1.0, 2.0, 3.0])
+    curve = Run(RunFolder(Path("nowhere")), {}, episodes).curve()
+    assert curve.steps.tolist() == [20, 30] and curve.values.tolist() == [2.0, 3.0]
+    assert curve.seconds.tolist() == [2.0, 3.0]
 
 
 def test_evaluations_are_drawn_as_the_means_of_their_returns(runs: Path) -> None:

@@ -199,6 +199,8 @@ NOISE = np.random.default_rng(0).normal(size=N)
         (np.full(N, 7.0), NOTE, "The return is 7.0 all the time"),
         (np.arange(12), NOTE, "Too short to judge: 12 episodes"),
         ([], NOTE, "Too short to judge: 0 episodes"),
+        ([1.0, np.nan], PROBLEM, "The return of 1 episode is NaN or infinite"),
+        (np.r_[np.nan, np.inf, -np.inf, np.minimum(np.arange(N - 3), 200)], PROBLEM, "The return of 3 episodes is NaN"),
     ],
 )
 def test_a_curve_is_judged_beyond_its_noise(returns: Any, level: str, words: str) -> None:

@@ -106,11 +106,12 @@ class Run:
             found = self.evaluations
             seconds = found.seconds if len(found.seconds) else np.full(len(found.steps), np.nan)
             return Series(found.steps, found.returns.mean(axis=1), seconds)
-        if not len(self.episodes):
-            raise ConfigError(f"{self.folder.path} has no learning curve: no training episode has ended")
+        if not np.isfinite(self.episodes.returns).any():
+            raise ConfigError(f"{self.folder.path} has no learning curve: no training episode has ended with a number")
         means, _ = smooth(self.episodes.returns, window_of(len(self.episodes)))
         steps, seconds = (np.asarray(x, dtype=np.float64) for x in (self.episodes.steps, self.episodes.seconds))
-        return Series(steps, means, seconds)
+        known = np.isfinite(means)
+        return Series(steps[known], means[known], seconds[known])
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
