@@ -166,6 +166,16 @@ def test_a_seed_that_ended_early_is_named(runs: Path, tmp_path: Path) -> None:
     assert f"{short} ends at " in " ".join(output.split())
 
 
+def test_a_run_without_a_finished_episode_is_named_and_left_out(runs: Path, tmp_path: Path) -> None:
+    begun = variant(runs / "ppo0", tmp_path / "begun", n_epochs=7)
+    (begun / "episodes.csv").write_text("step,return,length,seconds\n", encoding="utf-8")
+    output = " ".join(succeed("plot", runs / "ppo0", runs / "ppo1", begun, "--out", tmp_path / "curves.png").split())
+    assert f"{begun} is left out: no training episode has ended" in output and "CartPole-v1: PPOPlus, 2 seeds" in output
+    result = run("plot", begun, "--out", tmp_path / "none.png")
+    assert result.exit_code == 2 and "none of these runs has a learning curve" in " ".join(result.output.split())
+    assert not (tmp_path / "none.png").exists()
+
+
 # --- wrong input ------------------------------------------------------------------------------------------------------
 
 
