@@ -408,12 +408,38 @@ def test_phases_add_up_from_the_metrics() -> None:
     assert found["logging and the rest"] == pytest.approx(10 - 7)
 
 
+def test_without_the_length_of_a_rollout_there_are_no_phases() -> None:
+    for settings in ({}, {"n_steps": 100}, {"n_envs": 2}):
+        run = run_with(settings)
+        columns = {"time/iterations": [5.0], "time/rollout_fps": [1000.0]}
+        run.progress.update({name: Series(np.ones(1), np.array(v), np.ones(1)) for name, v in columns.items()})  # type: ignore[attr-defined]
+        assert phases(run) == {}
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     result = run("report", tmp_path)
     assert result.exit_code == 2 and "is no run folder: there is no config.yml" in " ".join(result.output.split())
     (tmp_path / "config.yml").write_text("n_steps: 3\n", encoding="utf-8")
     result = run("report", tmp_path)
     assert result.exit_code == 2 and "does not name its algo and env" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("evaluation.yml", "deterministic: true\n", "evaluation.yml has no list of numbers 'returns'"),
+        ("evaluation.yml", "returns: [1.0]\nlengths: []\n", "evaluation.yml has no list of numbers 'lengths'"),
+        ("evaluation.yml", "3\n", "evaluation.yml"),
+        ("episodes.csv", "step,return,length,seconds\n10,1.0,10,0.1\n20,1\n", "line 3 of episodes.csv is too short"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    trained: dict[str, Path], name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(trained["a2cplus"], tmp_path / "run"))
+    (folder / name).write_text(content, encoding="utf-8")
+    result = run("report", folder)
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
 
 
 # --- while it trains --------------------------------------------------------------------------------------------------

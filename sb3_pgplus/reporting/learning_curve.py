@@ -41,10 +41,14 @@ def read_episodes(path: Path) -> Episodes:
     Read a run's ``episodes.csv``; a last line that was torn by a crash is left out.
 
     :param path: the file
+    :raises ValueError: if another line is damaged
     """
     episodes = Episodes()
     with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(line for line in file if line.endswith("\n")):
+        reader = csv.DictReader(line for line in file if line.endswith("\n"))
+        for row in reader:
+            if None in row.values():
+                raise ValueError(f"line {reader.line_num} of {path.name} is too short")
             episodes.steps.append(int(row["step"]))
             episodes.returns.append(float(row["return"]))
             episodes.lengths.append(int(row["length"]))

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from sb3_pgplus.configs import ALGORITHMS, ConfigError, parse_yaml, read_mapping
+from sb3_pgplus.configs import ALGORITHMS, ConfigError, read_mapping
 from sb3_pgplus.reporting.learning_curve import Episodes, read_episodes, smooth, window_of
 from sb3_pgplus.run_folder import RunFolder
 
@@ -155,9 +155,7 @@ def read_run(path: Path) -> Run:
             read_episodes(folder.episodes) if folder.episodes.is_file() else Episodes(),
             read_metrics(folder.progress) if folder.progress.is_file() else {},
             read_evaluations(folder.evaluations) if folder.evaluations.is_file() else None,
-            parse_yaml(folder.evaluation.read_text("utf-8"), str(folder.evaluation))
-            if folder.evaluation.is_file()
-            else None,
+            read_final(folder.evaluation) if folder.evaluation.is_file() else None,
             folder.error.read_text("utf-8", errors="replace") if folder.error.is_file() else None,
         )
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -202,6 +200,21 @@ def read_evaluations(path: Path) -> Evaluations:
         steps, returns, lengths = (file[name].astype(np.float64) for name in ("timesteps", "results", "ep_lengths"))
         seconds = file["seconds"].astype(np.float64) if "seconds" in file else np.empty(0)
     return Evaluations(steps, returns, lengths, seconds)
+
+
+def read_final(path: Path) -> dict[str, Any]:
+    """
+    Read ``evaluation.yml``.
+
+    :param path: the file
+    :raises ConfigError: if it has no returns and lengths of episodes
+    """
+    final = read_mapping(path)
+    for name in ("returns", "lengths"):
+        numbers = final.get(name)
+        if not isinstance(numbers, list) or not numbers or not all(isinstance(x, int | float) for x in numbers):
+            raise ConfigError(f"{path.name} has no list of numbers {name!r}")
+    return final
 
 
 # --- which runs are the same experiment -------------------------------------------------------------------------------
