@@ -11,7 +11,9 @@ from test_cli import run, succeed
 
 from sb3_pgplus.configs import ConfigError
 from sb3_pgplus.reporting.comparison import band_of, on_common_points, plot_curves
-from sb3_pgplus.reporting.runs import Series, find_runs, grouped, read_metrics, read_run
+from sb3_pgplus.reporting.learning_curve import Episodes
+from sb3_pgplus.reporting.runs import Run, Series, find_runs, grouped, read_metrics, read_run
+from sb3_pgplus.run_folder import RunFolder
 from sb3_pgplus.statistics import iqm
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -68,6 +70,14 @@ def test_a_folder_given_twice_counts_once(runs: Path) -> None:
     assert len(find_runs([runs, runs / "ppo0", runs / "a2c"])) == 3
 
 
+def test_what_lies_in_a_run_folder_is_no_run_of_its_own(runs: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs / "ppo0", tmp_path / "sweep" / "run"))
+    shutil.copytree(runs / "a2c", folder / "hub")  # push --dry-run leaves one there
+    for path in (tmp_path, folder):
+        assert [found.folder.path for found in find_runs([path])] == [folder]
+    assert [found.folder.path for found in find_runs([folder / "hub"])] == [folder / "hub"]  # if asked for
+
+
 # --- what is drawn ----------------------------------------------------------------------------------------------------
 
 
@@ -96,6 +106,13 @@ def test_the_time_axis_is_the_seconds_of_the_episodes(runs: Path) -> None:
     assert curve.over("steps").tolist() == [float(row[0]) for row in rows]
     # The last point is the mean of the last episodes: 5 of up to 100.
     assert curve.values[-1] == pytest.approx(np.mean([float(row[1]) for row in rows[-5:]]))
+
+
+def test_a_curve_has_no_points_where_no_return_is_a_number() -> None:
+    episodes = Episodes([10, 20, 30], [np.nan, 2.0, 4.0], [10] * 3, [1.0, 2.0, 3.0])
+    curve = Run(RunFolder(Path("nowhere")), {}, episodes).curve()
+    assert curve.steps.tolist() == [20, 30] and curve.values.tolist() == [2.0, 3.0]
+    assert curve.seconds.tolist() == [2.0, 3.0]
 
 
 def test_evaluations_are_drawn_as_the_means_of_their_returns(runs: Path) -> None:
@@ -147,6 +164,16 @@ def test_a_seed_that_ended_early_is_named(runs: Path, tmp_path: Path) -> None:
     (short / "episodes.csv").write_text("".join(lines[: len(lines) // 2]), encoding="utf-8")
     output = succeed("plot", runs / "ppo1", short, "--out", tmp_path / "curves.png")
     assert f"{short} ends at " in " ".join(output.split())
+
+
+def test_a_run_without_a_finished_episode_is_named_and_left_out(runs: Path, tmp_path: Path) -> None:
+    begun = variant(runs / "ppo0", tmp_path / "begun", n_epochs=7)
+    (begun / "episodes.csv").write_text("step,return,length,seconds\n", encoding="utf-8")
+    output = " ".join(succeed("plot", runs / "ppo0", runs / "ppo1", begun, "--out", tmp_path / "curves.png").split())
+    assert f"{begun} is left out: no training episode has ended" in output and "CartPole-v1: PPOPlus, 2 seeds" in output
+    result = run("plot", begun, "--out", tmp_path / "none.png")
+    assert result.exit_code == 2 and "none of these runs has a learning curve" in " ".join(result.output.split())
+    assert not (tmp_path / "none.png").exists()
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------

@@ -78,6 +78,9 @@ def judged(metric: str, values: list[float], settings: dict[str, Any] | None = N
         ("explained_variance", [0.9] * 6 + [-0.1, -0.3], PROBLEM, "-0.20: the critic is worse than a constant"),
         ("explained_variance", [-1.0] * 6 + [0.1, 0.3], WARNING, "0.20: the critic knows little"),
         ("explained_variance", [-1.0] * 6 + [0.8, 1.0], GOOD, "0.90: the critic predicts"),
+        # of returns that do not vary it is NaN, by design
+        ("explained_variance", [np.nan, -1.0, -1.0, 0.8, np.nan], GOOD, "0.80: the critic predicts"),
+        ("explained_variance", [np.nan] * 3, NOTE, "The returns do not vary, so there is nothing to explain"),
         # entropy_loss is minus the entropy; 0.02 / 0.5 = 4 %
         ("entropy_loss", [-0.5, -0.1, -0.02], WARNING, "Down to 4.0%: nearly deterministic"),
         ("entropy_loss", [-0.5, -0.3, -0.25], GOOD, "Down to 50% of its start"),
@@ -196,6 +199,8 @@ NOISE = np.random.default_rng(0).normal(size=N)
         (np.full(N, 7.0), NOTE, "The return is 7.0 all the time"),
         (np.arange(12), NOTE, "Too short to judge: 12 episodes"),
         ([], NOTE, "Too short to judge: 0 episodes"),
+        ([1.0, np.nan], PROBLEM, "The return of 1 episode is NaN or infinite"),
+        (np.r_[np.nan, np.inf, -np.inf, np.minimum(np.arange(N - 3), 200)], PROBLEM, "The return of 3 episodes is NaN"),
     ],
 )
 def test_a_curve_is_judged_beyond_its_noise(returns: Any, level: str, words: str) -> None:
@@ -341,6 +346,14 @@ def test_the_report_of_a_run_without_evaluation_says_how_to_get_one(trained: dic
     assert "There was none: sb3-pgplus train --eval-freq" in page.text and "<video" not in page.source
 
 
+def test_the_report_of_returns_that_do_not_vary_raises_no_alarm(trained: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained["a2cplus"], tmp_path / "run"))
+    rows = "".join(f"{step},nan\n" for step in (100, 200, 300))
+    (folder / "progress.csv").write_text(f"time/total_timesteps,train/explained_variance\n{rows}", encoding="utf-8")
+    text = report(folder).text
+    assert "there is nothing to explain" in text and "broken down" not in text
+
+
 def test_the_report_of_a_run_without_a_model_or_metrics_works(trained: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -395,12 +408,38 @@ def test_phases_add_up_from_the_metrics() -> None:
     assert found["logging and the rest"] == pytest.approx(10 - 7)
 
 
+def test_without_the_length_of_a_rollout_there_are_no_phases() -> None:
+    for settings in ({}, {"n_steps": 100}, {"n_envs": 2}):
+        run = run_with(settings)
+        columns = {"time/iterations": [5.0], "time/rollout_fps": [1000.0]}
+        run.progress.update({name: Series(np.ones(1), np.array(v), np.ones(1)) for name, v in columns.items()})  # type: ignore[attr-defined]
+        assert phases(run) == {}
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     result = run("report", tmp_path)
     assert result.exit_code == 2 and "is no run folder: there is no config.yml" in " ".join(result.output.split())
     (tmp_path / "config.yml").write_text("n_steps: 3\n", encoding="utf-8")
     result = run("report", tmp_path)
     assert result.exit_code == 2 and "does not name its algo and env" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("evaluation.yml", "deterministic: true\n", "evaluation.yml has no list of numbers 'returns'"),
+        ("evaluation.yml", "returns: [1.0]\nlengths: []\n", "evaluation.yml has no list of numbers 'lengths'"),
+        ("evaluation.yml", "3\n", "evaluation.yml"),
+        ("episodes.csv", "step,return,length,seconds\n10,1.0,10,0.1\n20,1\n", "line 3 of episodes.csv is too short"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    trained: dict[str, Path], name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(trained["a2cplus"], tmp_path / "run"))
+    (folder / name).write_text(content, encoding="utf-8")
+    result = run("report", folder)
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
 
 
 # --- while it trains --------------------------------------------------------------------------------------------------
@@ -414,6 +453,12 @@ def test_a_trend_keeps_equal_parts_of_the_whole_course() -> None:
     assert len(trend.sparkline()) == 12 and trend.sparkline()[0] == "▁" and trend.sparkline()[-1] == "█"
     assert sorted(trend.sparkline()) == list(trend.sparkline())  # a rising number rises
     assert len(trend._means) < 24  # constant memory
+
+
+def test_a_single_nan_is_an_alarm_but_where_returns_do_not_vary() -> None:
+    explained, kl = (diagnostics.judge_number(f"train/{name}", np.nan) for name in ("explained_variance", "approx_kl"))
+    assert explained is not None and explained.level == NOTE
+    assert kl is not None and kl.level == PROBLEM
 
 
 def test_a_trend_of_one_or_equal_numbers_has_no_course() -> None:

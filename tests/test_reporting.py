@@ -43,6 +43,12 @@ def test_smoothing_nothing_gives_nothing() -> None:
     assert [part.size for part in smooth([], window=5)] == [0, 0]
 
 
+def test_a_return_that_is_no_number_is_left_out_of_the_means_around_it() -> None:
+    mean, std = smooth([1.0, np.nan, 3.0, 5.0, np.inf, -np.inf], window=2)
+    assert np.allclose(mean, [1.0, 1.0, 3.0, 4.0, 5.0, np.nan], equal_nan=True)
+    assert np.allclose(std, [0.0, 0.0, 0.0, 1.0, 0.0, np.nan], equal_nan=True)
+
+
 def test_a_curve_from_memory_a_folder_and_its_csv_is_the_same_picture(tmp_path: Path) -> None:
     episodes = write_episodes(tmp_path)
     assert read_episodes(tmp_path / "episodes.csv") == episodes

@@ -8,7 +8,7 @@ from typing import cast
 
 from sb3_pgplus.configs import ConfigError
 from sb3_pgplus.files import write_atomically
-from sb3_pgplus.reporting.comparison import plot_curves, plot_metrics
+from sb3_pgplus.reporting.comparison import plot_curves, plot_metrics, with_curves
 from sb3_pgplus.reporting.report import page
 from sb3_pgplus.reporting.runs import Axis, find_runs, grouped, read_run
 
@@ -39,7 +39,9 @@ def draw(runs: Sequence[Path], out: Path | None, *, x: str, evaluations: bool, m
         if metrics:
             remarks = plot_metrics(found, out, x=axis)
         else:
-            remarks = plot_curves(found, out, x=axis, source="evaluations" if evaluations else "training")
+            source = "evaluations" if evaluations else "training"
+            remarks = plot_curves(found, out, x=axis, source=source)
+            found, _ = with_curves(found, source)
     except ImportError as error:
         raise ConfigError(str(error)) from error
     groups = [

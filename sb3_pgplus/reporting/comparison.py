@@ -50,12 +50,13 @@ def plot_curves(runs: Sequence[Run], path: Path, *, x: Axis = "steps", source: s
     :param path: the picture; its ending chooses the format (png, svg, pdf)
     :param x: ``"steps"`` or ``"time"``
     :param source: ``"training"`` episodes or ``"evaluations"``
-    :return: remarks for the reader, such as a seed that ended early
+    :return: remarks for the reader, such as a seed that ended early or a run that has no curve yet
     :raises ConfigError: if there is nothing to draw, or the ending is unknown
     :raises ImportError: if matplotlib is missing, naming the extra that installs it
     """
     _check_ending(path)
-    groups, remarks = grouped(runs), list[str]()
+    runs, remarks = with_curves(runs, source)
+    groups = grouped(runs)
     n_columns = min(len(groups), 3)
     n_rows = math.ceil(len(groups) / n_columns)
     figure = new_figure(max(6.4, 4.6 * n_columns), 3.9 * n_rows)
@@ -70,6 +71,28 @@ def plot_curves(runs: Sequence[Run], path: Path, *, x: Axis = "steps", source: s
         axes.set_visible(False)
     figure.savefig(path)
     return remarks
+
+
+def with_curves(runs: Sequence[Run], source: str = "training") -> tuple[list[Run], list[str]]:
+    """
+    Leave runs out that have no training curve yet, as one that has only just begun.
+
+    :param runs: any
+    :param source: ``"training"`` episodes or ``"evaluations"``, which nobody leaves out: they were asked for
+    :return: the others, and remarks that name those left out
+    :raises ConfigError: if none is left
+    """
+    if source == "evaluations":
+        return list(runs), []
+    has_one = [bool(np.isfinite(run.episodes.returns).any()) for run in runs]
+    kept = [run for run, has in zip(runs, has_one, strict=True) if has]
+    if not kept:
+        raise ConfigError("none of these runs has a learning curve: no training episode has ended with a number")
+    return kept, [
+        f"{run.folder.path} is left out: no training episode has ended with a number"
+        for run, has in zip(runs, has_one, strict=True)
+        if not has
+    ]
 
 
 def plot_metrics(runs: Sequence[Run], path: Path, *, x: Axis = "steps") -> list[str]:

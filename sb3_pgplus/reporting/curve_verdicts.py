@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sb3_pgplus.reporting.diagnostics import GOOD, NOTE, PROBLEM, WARNING, Verdict
 from sb3_pgplus.reporting.learning_curve import smooth, window_of
@@ -21,6 +22,13 @@ def judge_curve(returns: Any, steps: Any) -> Verdict:
     :param steps: environment steps when they ended, ``[n]``
     """
     returns = np.asarray(returns, dtype=np.float64)
+    if n_broken := int(np.sum(~np.isfinite(returns))):
+        text = f"The return of {n_broken:,} episode{'s' * (n_broken != 1)} is NaN or infinite: look at the rewards."
+        return Verdict(PROBLEM, text)
+    return _judge_finite(returns, steps)
+
+
+def _judge_finite(returns: npt.NDArray[np.float64], steps: Any) -> Verdict:
     n, window = len(returns), window_of(len(returns))
     if n < 4 * window:
         return Verdict(NOTE, f"Too short to judge: {n} episode{'s' * (n != 1)}.")

@@ -67,6 +67,8 @@ class Check:
     statistic: Statistic
     bands: tuple[Band, ...]
     source: str
+    if_nan: Verdict | None = None
+    """For a metric that is NaN by design somewhere: what it means there."""
 
     def judge(self, value: float) -> Verdict:
         """
@@ -74,7 +76,7 @@ class Check:
         """
         band = next((band for band in self.bands if value <= band.up_to), None)
         if band is None:  # NaN
-            return Verdict(PROBLEM, f"{self.title} is {value}: training has broken down.")
+            return self.if_nan or Verdict(PROBLEM, f"{self.title} is {value}: training has broken down.")
         return Verdict(band.level, band.text.format(value=value))
 
     def verdict(self, run: Run) -> Verdict:
@@ -97,7 +99,8 @@ def _typical(run: Run, metric: str) -> float:
 
 def _late(run: Run, metric: str) -> float:
     values = run.progress[metric].values
-    return float(np.median(values[-max(1, len(values) // 4) :]))
+    values = values[~np.isnan(values)]  # the explained variance has none where the returns do not vary
+    return float(np.median(values[-max(1, len(values) // 4) :])) if len(values) else math.nan
 
 
 def _average(run: Run, metric: str) -> float:
@@ -271,6 +274,7 @@ CHECKS: tuple[Check, ...] = (
             Band(INF, GOOD, "{value:.2f}: the critic predicts the returns."),
         ),
         f"{SB3_DOCS} (0: as good as nothing); {SCHULMAN}",
+        if_nan=Verdict(NOTE, "The returns do not vary, so there is nothing to explain."),
     ),
     Check(
         "train/entropy_loss",

@@ -41,10 +41,14 @@ def read_episodes(path: Path) -> Episodes:
     Read a run's ``episodes.csv``; a last line that was torn by a crash is left out.
 
     :param path: the file
+    :raises ValueError: if another line is damaged
     """
     episodes = Episodes()
     with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(line for line in file if line.endswith("\n")):
+        reader = csv.DictReader(line for line in file if line.endswith("\n"))
+        for row in reader:
+            if None in row.values():
+                raise ValueError(f"line {reader.line_num} of {path.name} is too short")
             episodes.steps.append(int(row["step"]))
             episodes.returns.append(float(row["return"]))
             episodes.lengths.append(int(row["length"]))
@@ -82,21 +86,26 @@ def window_of(n_episodes: int) -> int:
 def smooth(values: npt.ArrayLike, window: int) -> tuple[FloatArray, FloatArray]:
     """
     Mean and standard deviation of the last ``window`` values, of fewer at the beginning; never of later ones.
+    NaN and infinity are left out: they would spread over all later sums.
 
     ``m_i = 1/w Σ_{k=i−w+1}^{i} x_k``,  ``s_i² = 1/w Σ_{k=i−w+1}^{i} x_k² − m_i²``, ``w = min(window, i+1)``
 
     :param values: ``[n]``
     :param window: number of values to average over
-    :return: means ``[n]`` and standard deviations ``[n]``
+    :return: means ``[n]`` and standard deviations ``[n]``; NaN where none of the values is finite
     """
     array = np.asarray(values, dtype=np.float64)
     # The sums of squares cancel badly when the values are far from 0 (Pendulum's returns), so centre them first.
-    centre = array.mean() if array.size else 0.0
-    sums = np.concatenate([[0.0], np.cumsum(array - centre)])
-    squares = np.concatenate([[0.0], np.cumsum((array - centre) ** 2)])
+    finite = np.isfinite(array)
+    centre = array[finite].mean() if finite.any() else 0.0
+    centred = np.where(finite, array, centre) - centre
+    sums = np.concatenate([[0.0], np.cumsum(centred)])
+    squares = np.concatenate([[0.0], np.cumsum(centred**2)])
+    counts = np.concatenate([[0], np.cumsum(finite)])
     ends = np.arange(1, array.size + 1)
     starts = np.maximum(ends - window, 0)
-    count = ends - starts
+    count = counts[ends] - counts[starts]
+    count = np.where(count, count, np.nan)
     mean = (sums[ends] - sums[starts]) / count
     variance = (squares[ends] - squares[starts]) / count - mean**2
     return mean + centre, np.sqrt(np.maximum(variance, 0.0))

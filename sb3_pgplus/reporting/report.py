@@ -127,6 +127,8 @@ def _metric(run: Run, check: Check) -> str:
     series = run.progress[check.metric]
     if check.metric == "train/entropy_loss":
         series = replace(series, values=-series.values)
+    if np.isnan(series.values).all():
+        return "<p>no number</p>"
     if np.ptp(series.values) == 0:
         return f"<p>{series.values[0]:g} all the time</p>"
     return figures.metric(series, check.title)
@@ -180,10 +182,12 @@ def phases(run: Run) -> dict[str, float]:
     Rows of ``progress.csv`` stand for all iterations, also where only every tenth was logged.
 
     :param run: any
-    :return: phase → seconds; empty if there are no metrics
+    :return: phase → seconds; empty if there are no metrics, or the settings do not say how long a rollout is
     """
     progress, settings = run.progress, run.settings
     if "time/iterations" not in progress or "time/rollout_fps" not in progress:
+        return {}
+    if settings.get("n_steps") is None or settings.get("n_envs") is None:
         return {}
     n_iterations = float(progress["time/iterations"].values[-1])
     rollout = float(np.mean(1.0 / np.maximum(progress["time/rollout_fps"].values, 1.0)))

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from sb3_pgplus.configs import ALGORITHMS, ConfigError, parse_yaml, read_mapping
+from sb3_pgplus.configs import ALGORITHMS, ConfigError, read_mapping
 from sb3_pgplus.reporting.learning_curve import Episodes, read_episodes, smooth, window_of
 from sb3_pgplus.run_folder import RunFolder
 
@@ -106,11 +106,12 @@ class Run:
             found = self.evaluations
             seconds = found.seconds if len(found.seconds) else np.full(len(found.steps), np.nan)
             return Series(found.steps, found.returns.mean(axis=1), seconds)
-        if not len(self.episodes):
-            raise ConfigError(f"{self.folder.path} has no learning curve: no training episode has ended")
+        if not np.isfinite(self.episodes.returns).any():
+            raise ConfigError(f"{self.folder.path} has no learning curve: no training episode has ended with a number")
         means, _ = smooth(self.episodes.returns, window_of(len(self.episodes)))
         steps, seconds = (np.asarray(x, dtype=np.float64) for x in (self.episodes.steps, self.episodes.seconds))
-        return Series(steps, means, seconds)
+        known = np.isfinite(means)
+        return Series(steps[known], means[known], seconds[known])
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -118,14 +119,16 @@ class Run:
 
 def find_runs(paths: Iterable[Path]) -> list[Run]:
     """
-    Read the runs in some folders, at any depth.
+    Read the runs in some folders, at any depth. What a run folder itself holds is no run of its own: ``push --dry-run``
+    leaves a copy of the configuration there.
 
     :param paths: run folders, or folders that hold some
     :raises ConfigError: if one of them holds none
     """
     folders: dict[Path, None] = {}
     for path in paths:
-        found = [path] if RunFolder(path).config.is_file() else sorted(file.parent for file in path.rglob("config.yml"))
+        inside = {file.parent for file in path.rglob("config.yml")}
+        found = sorted(folder for folder in inside if inside.isdisjoint(folder.parents))
         if not found:
             raise ConfigError(f"{path} is no run folder and holds none: there is no config.yml in it")
         folders |= dict.fromkeys(found)
@@ -152,9 +155,7 @@ def read_run(path: Path) -> Run:
             read_episodes(folder.episodes) if folder.episodes.is_file() else Episodes(),
             read_metrics(folder.progress) if folder.progress.is_file() else {},
             read_evaluations(folder.evaluations) if folder.evaluations.is_file() else None,
-            parse_yaml(folder.evaluation.read_text("utf-8"), str(folder.evaluation))
-            if folder.evaluation.is_file()
-            else None,
+            read_final(folder.evaluation) if folder.evaluation.is_file() else None,
             folder.error.read_text("utf-8", errors="replace") if folder.error.is_file() else None,
         )
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -199,6 +200,21 @@ def read_evaluations(path: Path) -> Evaluations:
         steps, returns, lengths = (file[name].astype(np.float64) for name in ("timesteps", "results", "ep_lengths"))
         seconds = file["seconds"].astype(np.float64) if "seconds" in file else np.empty(0)
     return Evaluations(steps, returns, lengths, seconds)
+
+
+def read_final(path: Path) -> dict[str, Any]:
+    """
+    Read ``evaluation.yml``.
+
+    :param path: the file
+    :raises ConfigError: if it has no returns and lengths of episodes
+    """
+    final = read_mapping(path)
+    for name in ("returns", "lengths"):
+        numbers = final.get(name)
+        if not isinstance(numbers, list) or not numbers or not all(isinstance(x, int | float) for x in numbers):
+            raise ConfigError(f"{path.name} has no list of numbers {name!r}")
+    return final
 
 
 # --- which runs are the same experiment -------------------------------------------------------------------------------
