@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import io
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -713,6 +714,116 @@ class Aliasing(Noted):
         shift = self.shift
         shift += 1.0
         return super().step(action)
+
+
+class Highest(Noted):
+    """Changes an array by a keyword of a function."""
+
+    def step(self, action: Any) -> Any:
+        observation, *rest = super().step(action)
+        return (np.maximum(self.shift, observation, out=self.shift), *rest)
+
+
+class Lowest(Noted):
+    """Changes an array by its position among the arguments."""
+
+    def step(self, action: Any) -> Any:
+        observation, *rest = super().step(action)
+        return (np.minimum(self.shift, observation, self.shift), *rest)
+
+
+class Sorting(Noted):
+    """Changes an array by a method of it."""
+
+    def step(self, action: Any) -> Any:
+        self.shift.sort()
+        return super().step(action)
+
+
+#: As another module of a user's.
+helpers = types.ModuleType("helpers")
+exec("def bump(wrapper): wrapper.scale += 1\ndef double(number): return 2 * number", vars(helpers))
+bump, double = helpers.bump, helpers.double
+
+
+class Bumping(Scaled):
+    """Is changed by a function of another module."""
+
+    def reward(self, reward: Any) -> Any:
+        bump(self)
+        return reward * self.scale
+
+
+class BumpingByModule(Scaled):
+    """Is changed by a function of another module, called through that."""
+
+    def reward(self, reward: Any) -> Any:
+        helpers.bump(self)
+        return reward * self.scale
+
+
+class BumpingByImport(Scaled):
+    """Is changed by a function that is imported where it is called."""
+
+    def reward(self, reward: Any) -> Any:
+        from helpers import bump  # type: ignore[import-not-found]  # is never called
+
+        bump(self)
+        return reward * self.scale
+
+
+class Doubling(Scaled):
+    """Only computes with a function of another module."""
+
+    def reward(self, reward: Any) -> Any:
+        return double(reward) * self.scale
+
+
+class Tally:
+    """A class as a container."""
+
+    n = 0
+
+    @classmethod
+    def push(cls) -> int:
+        cls.n += 1
+        return cls.n
+
+
+class Tallying(Scaled):
+    """Keeps something in a class."""
+
+    def reward(self, reward: Any) -> Any:
+        return reward * Tally.push()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "why"),
+    [
+        (Highest, "Highest.step uses out in step()"),
+        (Lowest, "Lowest.step may change shift in step()"),
+        (Sorting, "Sorting.step may change shift in step()"),
+    ],
+)
+def test_a_wrapper_that_may_change_its_array_by_a_call_has_a_state(wrap: Any, why: str) -> None:
+    assert why in reasons_of(limited(lambda: wrap(pendulum()))(0))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "why"),
+    [
+        (Bumping, "Bumping.reward uses bump, which stores something in bump()"),
+        (BumpingByModule, "BumpingByModule.reward uses helpers, which is a module"),
+        (BumpingByImport, "BumpingByImport.reward imports helpers in reward()"),
+        (Tallying, "Tallying.reward uses Tally, which is a type"),
+    ],
+)
+def test_a_wrapper_that_other_code_of_its_user_may_change_has_a_state(wrap: Any, why: str) -> None:
+    assert why in reasons_of(limited(lambda: wrap(pendulum(), 1.0))(0))
+
+
+def test_a_wrapper_that_computes_with_a_function_of_another_module_has_no_state() -> None:
+    assert_goes_on(limited(lambda: Doubling(pendulum(), 3.0)))
 
 
 def test_a_subclass_without_state_is_as_its_base_and_one_with_state_is_not() -> None:
