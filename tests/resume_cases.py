@@ -160,10 +160,15 @@ def finish(settings: RunSettings, folder: Path, every: int) -> None:
     assert process.exitcode == 0, process.exitcode
 
 
+def is_finished(settings: RunSettings, folder: Path) -> bool:
+    """Whether a run has its last checkpoint and its model."""
+    done = checkpoints.in_folder(RunFolder(folder).checkpoints)
+    return bool(done) and checkpoints.steps_of(done[0]) >= settings.n_timesteps and RunFolder(folder).model.is_file()
+
+
 def finish_unless_finished(settings: RunSettings, folder: Path, every: int) -> None:
     """:func:`finish`, unless the kill came when all was done."""
-    done = checkpoints.in_folder(RunFolder(folder).checkpoints)
-    if not (done and checkpoints.steps_of(done[0]) >= settings.n_timesteps and RunFolder(folder).model.is_file()):
+    if not is_finished(settings, folder):
         finish(settings, folder, every)
 
 
