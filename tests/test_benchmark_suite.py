@@ -350,6 +350,9 @@ def test_a_setting_that_is_new_since_a_run_is_no_difference() -> None:
     assert store.differences({"gamma": 0.9, "old": 1}, {"gamma": 0.9, "new": 2}) == []
     assert store.differences({"net": [64, 64]}, {"net": (64, 64)}) == []
     assert store.differences({"gamma": 0.9}, {"gamma": 0.99}) == ["gamma: 0.9 → 0.99"]
+    # What is left out where it has its default is one.
+    assert store.differences({}, {"use_sde": True}) == ["use_sde: False → True"]
+    assert store.differences({"frame_stack": 4}, {}) == ["frame_stack: 4 → None"]
 
 
 def test_a_failing_run_is_noted_with_its_traceback_and_stops_no_other(tmp_path: Path) -> None:

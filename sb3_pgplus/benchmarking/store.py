@@ -192,22 +192,25 @@ def described_settings(run: Run) -> dict[str, Any]:
     }
 
 
+#: What :func:`described_settings` leaves out where it has its default.
+_LEFT_OUT: dict[str, Any] = {**PLUMBING, **dict.fromkeys(("env_kwargs", "env_wrapper", "frame_stack"))}
+
+
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """
-    Settings that a stored run has otherwise. A hyperparameter of ours that only one side knows is new since then, and
-    no difference; anything else that one side leaves out has its default there.
+    Settings that a stored run has otherwise. One that only one side knows is new since then, and no difference, unless
+    it is one that is left out where it has its default.
 
     :param stored: of the file
     :param wanted: of the training that is asked for
     :return: ``"name: old → new"``
     """
     wanted = json.loads(json.dumps(wanted))  # tuples become lists
-    ours = set(algorithm_class(wanted["algo"]).hparams_class.names()) if wanted["algo"] in algorithm_names() else set()
     found = []
     for name in dict.fromkeys((*wanted, *stored)):
-        if name in ours and not (name in stored and name in wanted):
+        if not (name in stored and name in wanted) and name not in _LEFT_OUT:
             continue
-        old, new = (side.get(name, PLUMBING.get(name)) for side in (stored, wanted))
+        old, new = (side.get(name, _LEFT_OUT.get(name)) for side in (stored, wanted))
         if old != new:
             found.append(f"{name}: {old!r} → {new!r}")
     return found
