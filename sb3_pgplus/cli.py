@@ -1,5 +1,4 @@
 """
-The command ``sb3-pgplus train|evaluate|enjoy|profile|plot|report|tune``; ``python -m sb3_pgplus.cli`` is the same.
 The command ``sb3-pgplus`` with its subcommands; ``python -m sb3_pgplus.cli`` is the same.
 
 Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answers at once.
@@ -99,11 +98,15 @@ def train(
         int | None, typer.Option("--num-threads", min=1, help="Torch's CPU threads; by default 1 without images.")
     ] = None,
     progress: Progress = True,
-    eval_episodes: Annotated[int, typer.Option("--eval-episodes", min=0, help="Of an evaluation; 0: none.")] = 10,
+    eval_episodes: Annotated[
+        int | None, typer.Option("--eval-episodes", min=0, help="Of an evaluation, by default 10; 0: none.")
+    ] = None,
     eval_freq: Annotated[
         int | None, typer.Option("--eval-freq", min=1, help="Evaluate every so many steps, keep the best model.")
     ] = None,
-    eval_video: Annotated[bool, typer.Option("--eval-video", help="A video of each of these evaluations.")] = False,
+    eval_video: Annotated[
+        bool | None, typer.Option("--eval-video/--no-eval-video", help="A video of each of these evaluations.")
+    ] = None,
     checkpoint_freq: Annotated[
         int | None, typer.Option("--checkpoint-freq", min=1, help="A checkpoint every so many steps, for --resume.")
     ] = None,
@@ -112,8 +115,9 @@ def train(
     ] = None,
     verbose: Annotated[int, typer.Option("--verbose", min=0, max=2, help="From 1 on: SB3's tables as well.")] = 0,
     track: Annotated[
-        bool, typer.Option("--track", help="Track in Weights & Biases; WANDB_MODE=offline for `wandb sync` later.")
-    ] = False,
+        bool | None,
+        typer.Option("--track/--no-track", help="In Weights & Biases; WANDB_MODE=offline for `wandb sync` later."),
+    ] = None,
     project: Project = "sb3_pgplus",
     entity: Annotated[str | None, typer.Option("--entity", help="User or team of Weights & Biases.")] = None,
     group: Annotated[str | None, typer.Option("--group", help="Of runs, such as the seeds of an experiment.")] = None,
@@ -123,7 +127,7 @@ def train(
     """Train an agent; leaves a run folder with model, config, metrics and learning curve."""
     with _errors_as_one_line(debug):
         from sb3_pgplus.configs import resolve_settings
-        from sb3_pgplus.resumed_runs import refuse_settings, settings_of
+        from sb3_pgplus.resumed_runs import options_of, refuse_settings, settings_of
         from sb3_pgplus.training import train as run_training
 
         given: dict[str, Any] = {
@@ -139,28 +143,30 @@ def train(
         if resume is not None:
             refuse_settings(given | {"out": out})
         settings = resolve_settings(**given) if resume is None else settings_of(resume)
+        options: dict[str, Any] = {} if resume is None else options_of(resume)
+        asked = {
+            "num_threads": num_threads,
+            "eval_episodes": eval_episodes,
+            "eval_freq": eval_freq,
+            "eval_video": eval_video,
+        }
+        options |= {name: value for name, value in asked.items() if value is not None}
+        if track:
+            split = [tag.strip() for tag in (tags or "").split(",") if tag.strip()]
+            options["tracking"] = {"project": project, "entity": entity, "group": group, "tags": split}
+        elif track is False:
+            options.pop("tracking", None)
         console = Console()
         run = run_training(
             settings,
             out=out,
             device=device,
-            num_threads=num_threads,
             verbose=verbose,
             progress=progress,
-            eval_episodes=eval_episodes,
-            eval_freq=eval_freq,
-            eval_video=eval_video,
-            tracking={
-                "project": project,
-                "entity": entity,
-                "group": group,
-                "tags": [tag.strip() for tag in (tags or "").split(",") if tag.strip()],
-            }
-            if track
-            else None,
             checkpoint_freq=checkpoint_freq,
             resume=resume,
             console=console,
+            **options,
         )
         _report(run, console)
     if run.interrupted:

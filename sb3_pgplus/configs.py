@@ -29,7 +29,7 @@ ALGORITHMS = {"ppoplus": "PPOPlus", "a2cplus": "A2CPlus", "trpoplus": "TRPOPlus"
 
 RUN_KEYS = ("algo", "env", "seed", "n_envs", "backend", "n_timesteps", "policy")
 ENVIRONMENT_KEYS = ("env_kwargs", "env_wrapper", "frame_stack")
-IGNORED_KEYS = ("made_with",)
+IGNORED_KEYS = ("made_with", "options")
 UNSUPPORTED_KEYS = ("callback", "monitor_kwargs", "vec_env_wrapper")
 DEFAULT_N_TIMESTEPS = 1_000_000
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
+
+NOTICE = "\n{}: finishing this iteration, then stopping. Once more: stopping at once.\n"
 
 
 class Interruption:
     """
-    Takes note of signals while it is entered; the same signal once more acts at once.
+    Takes note of signals while it is entered, and says so; a second one acts at once.
 
     Signals that are ignored stay so (a shell's background jobs ignore Ctrl-C), and outside the main thread, where
     Python allows no handlers, nothing is changed.
 
     :param signals: their numbers
+    :param only_unhandled: leave those alone for which the program has a handler of its own
     """
 
-    def __init__(self, signals: Sequence[int]) -> None:
+    def __init__(self, signals: Sequence[int], *, only_unhandled: bool = False) -> None:
         self._signals = tuple(signals)
+        self._only_unhandled = only_unhandled
         self._before: dict[int, Any] = {}
         self.signal: int | None = None
         """The first signal that came."""
@@ -28,7 +34,7 @@ class Interruption:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if self._may_handle(signal.getsignal(number)):
                     self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -37,13 +43,31 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
+    def _may_handle(self, handler: Any) -> bool:
+        if self._only_unhandled:
+            return handler in (signal.SIG_DFL, signal.default_int_handler)
+        return handler is not signal.SIG_IGN
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
+            with suppress(OSError):  # not print, which the signal may have interrupted
+                os.write(2, NOTICE.format(signal.Signals(number).name).encode())
         else:
-            raise SystemExit(exit_code(number))
+            act_on(number)
+
+
+def act_on(number: int) -> NoReturn:
+    """
+    End as a program does that does not handle the signal, with ``finally`` blocks run.
+
+    :param number: of the signal
+    :raises KeyboardInterrupt: for Ctrl-C
+    :raises SystemExit: for others
+    """
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(exit_code(number))
 
 
 def exit_code(number: int) -> int:

@@ -122,6 +122,7 @@ class PolicyGradientPlus(
         self._iteration = 0
         self._unfinished = None
         self._resumed_from = None
+        self._checkpoint_folder = None
         #: Values, progress and result of the last `hyperparameters_at`: most of them never change.
         self._resolved: tuple[list[Any], float, H] | None = None
 

@@ -75,6 +75,7 @@ class Persistence(_Base):
             "_iteration",
             "_unfinished",
             "_resumed_from",
+            "_checkpoint_folder",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus import checkpoints
-from sb3_pgplus.configs import ConfigError, RunSettings, algorithm_class, resolve_settings
+from sb3_pgplus.configs import ConfigError, RunSettings, algorithm_class, read_mapping, resolve_settings
 from sb3_pgplus.environments import one_line
 from sb3_pgplus.errors import CheckpointError
 from sb3_pgplus.on_policy import PolicyGradientPlus
@@ -45,6 +45,16 @@ def settings_of(run: Path) -> RunSettings:
             f"or SIGTERM ends a training. To begin it anew: --config {folder.config}"
         )
     return resolve_settings(config=folder.config)
+
+
+def options_of(run: Path) -> dict[str, Any]:
+    """
+    What besides its settings an interrupted run was started with, such as its evaluations: arguments of ``train``.
+
+    :param run: its folder
+    """
+    options = read_mapping(RunFolder(run).config).get("options") or {}  # older runs have none
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def resume_model(

@@ -58,6 +58,8 @@ class Resuming(_Base):
     _unfinished: dict[str, Tree] | None
     #: The checkpoint that the model was resumed from.
     _resumed_from: Path | None
+    #: Where this training has written checkpoints.
+    _checkpoint_folder: Path | None
 
     @classmethod
     def resume(

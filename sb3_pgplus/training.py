@@ -118,7 +118,14 @@ def train(
         if resume is None:
             model = build_model(settings, env, device=device, verbose=verbose)
             folder = create_run_folder(out, algo=settings.algo, env=settings.environment.env, seed=settings.seed)
-            folder.write_config(run_config(settings, model))
+            options = {
+                "num_threads": num_threads,
+                "eval_episodes": eval_episodes,
+                "eval_freq": eval_freq,
+                "eval_video": eval_video,
+                "tracking": None if tracking is None else dict(tracking),
+            }
+            folder.write_config(run_config(settings, model) | {"options": options})
         else:
             model, folder = resume_model(settings, resume, env, device=device, verbose=verbose)
         console.print(start_panel(settings, model, folder))

@@ -97,7 +97,9 @@ def unmap_tensors(value: Any, device: th.device) -> Any:
         return value
     if value.keys() == {"tensor", "on_cpu"}:
         return th.as_tensor(value["tensor"], device="cpu" if value["on_cpu"] else device)
-    return {key: unmap_tensors(item, device) for key, item in value.items()}
+    like = value.copy()  # a defaultdict keeps its factory
+    like.update({key: unmap_tensors(item, device) for key, item in value.items()})
+    return like
 
 
 # --- random generators ------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalC
 from stable_baselines3.common.evaluation import evaluate_policy
 from typer.testing import CliRunner
 
-from sb3_pgplus import A2CPlus, PPOPlus, checkpoints, make_vec_env
+from sb3_pgplus import A2CPlus, PPOPlus, checkpoints, make_vec_env, resumed_runs
 from sb3_pgplus.callbacks import CheckpointCallback
 from sb3_pgplus.callbacks import EvalCallback as OurEvalCallback
 from sb3_pgplus.cli import app
@@ -111,6 +113,15 @@ def test_one_callback_serves_two_learns_that_go_on_counting(tmp_path: Path) -> N
     assert [checkpoints.steps_of(path) for path in checkpoints.in_folder(tmp_path)] == [64, 48, 32, 16, 0]
 
 
+def test_another_callback_goes_on_in_the_folder_of_the_same_model(tmp_path: Path) -> None:
+    model = PPOPlus("MlpPolicy", "CartPole-v1", **SMALL)
+    model.learn(16, CheckpointCallback(tmp_path, 8, keep=9))
+    model.learn(16, CheckpointCallback(tmp_path, 8, keep=9), reset_num_timesteps=False)
+    assert [checkpoints.steps_of(path) for path in checkpoints.in_folder(tmp_path)] == [32, 24, 16, 8, 0]
+    with pytest.raises(CheckpointError, match="another training"):  # the newest file would not be the newest state
+        model.learn(16, CheckpointCallback(tmp_path, 8))
+
+
 def test_after_the_resumed_training_the_model_is_an_ordinary_one(tmp_path: Path) -> None:
     model = PPOPlus("MlpPolicy", "CartPole-v1", **SMALL).learn(32, CheckpointCallback(tmp_path, 8))
     resumed = PPOPlus.resume(tmp_path, device="cpu")
@@ -172,6 +183,29 @@ def test_environments_without_a_state_begin_new_episodes_and_say_so(tmp_path: Pa
 
 
 # --- what a checkpoint holds ------------------------------------------------------------------------------------------
+
+
+class Tables(BaseCallback):
+    """Its attributes are dicts of several kinds."""
+
+    def _on_training_start(self) -> None:
+        self.by_number = {1: "a", (2, "b"): 3.0}
+        self.counts = defaultdict(int)
+        self.with_fields = np.zeros(2, dtype=[("x", float)])  # has no plain form
+
+    def _on_step(self) -> bool:
+        self.counts[self.num_timesteps % 3] += 1
+        self.by_number[self.num_timesteps] = "step"
+        return True
+
+
+def test_dicts_with_any_keys_are_restored_and_arrays_with_fields_left_alone(tmp_path: Path) -> None:
+    whole, resumed = Tables(), Tables()
+    PPOPlus("MlpPolicy", "CartPole-v1", **SMALL).learn(32, [whole, CheckpointCallback(tmp_path, 16, keep=9)])
+    PPOPlus.resume(checkpoints.path_of(tmp_path, 16), device="cpu").learn(32, [resumed])
+    assert resumed.by_number == whole.by_number and len(whole.by_number) == 1 + 32
+    assert resumed.counts == whole.counts == {1: 11, 2: 11, 0: 10}
+    assert resumed.counts["unheard of"] == 0
 
 
 class Counter(BaseCallback):
@@ -494,6 +528,39 @@ def test_on_a_full_disk_the_older_checkpoints_stay(small_disk: Path) -> None:
     assert PPOPlus.resume(small_disk, device="cpu").learn(128).num_timesteps == 128
 
 
+def test_a_full_disk_ends_no_run_and_the_checkpoint_before_finishes_it_when_there_is_room(small_disk: Path) -> None:
+    """A row of progress.csv has some 300 bytes and a checkpoint 30,000: of 500 rows and eleven, 90 KiB hold a part."""
+    run, filler = small_disk / "run", small_disk / "filler"
+    filler.write_bytes(b"x" * (256 - 90) * 1024)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = command(*TRAIN[:2], *TINY, "--eval-freq", "500", "--checkpoint-freq", "200", "--out", run)
+    texts = {str(each.message) for each in caught if "could not be written" in str(each.message)}
+    assert result.exit_code == 1 and "model.zip could not be written: No space left" in result.output.replace("\n", " ")
+    assert any("progress.csv" in text for text in texts) and any("checkpoints/step-" in text for text in texts)
+    assert all("No space left on device" in text and "Training goes on" in text for text in texts)
+    assert not (run / "model.zip").exists() and not (run / "error.txt").exists() and not list(run.glob(".*.tmp"))
+    before = checkpoints.find(run / "checkpoints").state["model"]["num_timesteps"]
+    assert 0 <= before < 2200
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    finished = command(*TRAIN[:2], "--resume", run)
+    assert finished.exit_code == 0 and (run / "model.zip").exists(), finished.output
+
+
+def test_a_column_that_finds_no_room_leaves_the_rows_as_they_were(small_disk: Path) -> None:
+    path, filler = small_disk / "progress.csv", small_disk / "filler"
+    log = ProgressCSV(path)
+    log.write({"time/total_timesteps": 10, "a": "x" * 5000}, {})
+    filler.write_bytes(b"x" * (256 - 12) * 1024)
+    for step in (20, 30):
+        with pytest.warns(UserWarning, match=r"progress.csv could not be written .No space left"):
+            log.write({"time/total_timesteps": step, "a": "y" * 5000, "b": 1}, {})
+    filler.unlink()
+    log.write({"time/total_timesteps": 40, "b": 2}, {})
+    log.close()
+    assert [(row["time/total_timesteps"], row["b"]) for row in cases.rows(path)] == [("10", ""), ("40", "2")]
+
+
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 ENDLESS = """
@@ -503,7 +570,7 @@ from sb3_pgplus.callbacks import CheckpointCallback
 settings = {"n_steps": 8, "batch_size": 8, "n_epochs": 2, "device": "cpu", "seed": 0}
 model = PPOPlus("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [4]}, **settings)
 try:
-    model.learn(1e9, CheckpointCallback(sys.argv[1], 1e8, on_sigterm=True))
+    model.learn(1e9, CheckpointCallback(sys.argv[1], 1e8))
 finally:
     print("cleaned up")
 """
@@ -525,17 +592,25 @@ class StopAfter(BaseCallback):
         return self.num_timesteps <= self.steps
 
 
-def test_after_sigterm_a_script_writes_a_checkpoint_and_ends(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", ENDLESS, str(tmp_path)]
+@pytest.mark.parametrize(
+    ("number", "code", "last"), [(signal.SIGTERM, 143, ""), (signal.SIGINT, -signal.SIGINT, "KeyboardInterrupt")]
+)
+def test_after_a_signal_a_script_writes_a_checkpoint_and_ends(
+    number: int, code: int, last: str, tmp_path: Path
+) -> None:
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
+    prologue = "import signal as s; s.signal(s.SIGINT, s.default_int_handler)"
+    command = [sys.executable, "-c", f"{prologue}\n{ENDLESS}", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_for(lambda: process.poll() is not None or checkpoints.in_folder(tmp_path))
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 143, output
-    assert output.strip() == "cleaned up"
+    assert process.returncode == code, output
+    notice = f"{signal.Signals(number).name}: finishing this iteration, then stopping. Once more: stopping at once."
+    assert notice in output and "cleaned up" in output and output.strip().endswith(last or "cleaned up")
     steps = checkpoints.steps_of(checkpoints.in_folder(tmp_path)[0])
     assert steps > 0 and steps % 8 == 0  # an iteration was finished
     model = PPOPlus("MlpPolicy", "CartPole-v1", **SMALL)
@@ -543,26 +618,62 @@ def test_after_sigterm_a_script_writes_a_checkpoint_and_ends(tmp_path: Path) -> 
     cases.assert_same(checkpoints.path_of(tmp_path, steps), checkpoints.path_of(tmp_path / "same", steps))
 
 
-def test_the_handler_of_sigterm_is_put_back(tmp_path: Path) -> None:
-    def mine(number: int, frame: Any) -> None:
-        raise AssertionError("not while training")
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
-    before = signal.signal(signal.SIGTERM, mine)
+
+def test_signals_find_their_handlers_again_and_all_callbacks_end_before_the_program(
+    tmp_path: Path,
+) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+    usual = [signal.default_int_handler, signal.SIG_DFL]
     try:
         model = PPOPlus("MlpPolicy", "CartPole-v1", **SMALL)
-        model.learn(8, CheckpointCallback(tmp_path / "a", on_sigterm=True))
-        assert signal.getsignal(signal.SIGTERM) is mine
-        failing = Between(at_3=lambda: 1 / 0)
+        taken: list[Any] = []
+        model.learn(8, [CheckpointCallback(tmp_path / "a"), Between(at_3=lambda: taken.extend(handlers()))])
+        assert not set(taken) & set(usual) and handlers() == usual
         with pytest.raises(ZeroDivisionError):
-            model.learn(8, [CheckpointCallback(tmp_path / "b", on_sigterm=True), failing])
-        assert signal.getsignal(signal.SIGTERM) is mine
+            model.learn(8, [CheckpointCallback(tmp_path / "b"), Between(at_3=lambda: 1 / 0)])
+        assert handlers() == usual
+        for number, error in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
+            folder, last = tmp_path / str(number), Ended()
+            sends = Between(at_3=lambda number=number: os.kill(os.getpid(), number))
+            with pytest.raises(error, match="143" if number == signal.SIGTERM else ""):
+                model.learn(64, [CheckpointCallback(folder), sends, last])
+            assert last.ended and handlers() == usual
+            assert [checkpoints.steps_of(path) for path in checkpoints.in_folder(folder)] == [8]
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+
+
+class Ended(BaseCallback):
+    """Tells whether its training ended well."""
+
+    ended = False
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self.ended = True
+
+
+def test_a_signal_that_the_program_handles_is_left_to_it(tmp_path: Path) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        model = PPOPlus("MlpPolicy", "CartPole-v1", **SMALL)
         sends = Between(at_3=lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit) as caught:
-            model.learn(64, [CheckpointCallback(tmp_path / "c", on_sigterm=True), sends])
-        assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) is mine
-        assert [checkpoints.steps_of(path) for path in checkpoints.in_folder(tmp_path / "c")] == [8]
+        model.learn(64, [CheckpointCallback(tmp_path / "a"), sends])
+        assert received == [signal.SIGTERM] and model.num_timesteps == 64
     finally:
         signal.signal(signal.SIGTERM, before)
+    usual = handlers()
+    taken: list[Any] = []
+    callbacks = [CheckpointCallback(tmp_path / "b", on_signals=False), Between(at_3=lambda: taken.extend(handlers()))]
+    model.learn(8, callbacks)
+    assert taken == usual
 
 
 def test_the_second_signal_acts_at_once_and_ignored_ones_stay_ignored() -> None:
@@ -587,7 +698,7 @@ def test_in_another_thread_training_works_without_signals(tmp_path: Path) -> Non
 
     def learn() -> None:
         try:
-            callback = CheckpointCallback(tmp_path, 8, on_sigterm=True)
+            callback = CheckpointCallback(tmp_path, 8)
             PPOPlus("MlpPolicy", "CartPole-v1", **SMALL).learn(8, callback)
         except BaseException as error:
             errors.append(error)
@@ -648,10 +759,17 @@ def test_an_interrupted_run_is_resumed_to_the_same_files(
     assert again.exit_code == 2 and "has finished: it has all of its 2,200 steps" in again.output.replace("\n", " ")
 
 
-def test_ctrl_c_that_ends_worker_processes_too_saves_the_model(tmp_path: Path) -> None:
-    """A terminal sends it to all processes; the iteration cannot be finished then, and the checkpoint before stays."""
+@pytest.mark.parametrize(
+    ("backend", "number", "code"),
+    [("subproc", signal.SIGINT, 130), ("workers", signal.SIGINT, 130), ("workers", signal.SIGTERM, 143)],
+)
+def test_a_signal_to_all_processes_saves_the_model(backend: str, number: int, code: int, tmp_path: Path) -> None:
+    """
+    A terminal sends Ctrl-C to all processes, and a cluster SIGTERM: SB3's workers end, and the checkpoint before stays;
+    ours leave it to the training, which finishes its iteration.
+    """
     folder = tmp_path / "run"
-    options = ("--env", "CartPole-v1", "--n-envs", "2", "--backend", "subproc", "--n-timesteps", "1e6")
+    options = ("--env", "CartPole-v1", "--n-envs", "2", "--backend", backend, "--n-timesteps", "1e6")
     settings = ("--set", "n_steps=256", "--set", "batch_size=64", "--set", "n_epochs=1", "--checkpoint-freq", "512")
     program = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from sb3_pgplus.cli import main; main()"
     process = subprocess.Popen(
@@ -663,13 +781,37 @@ def test_ctrl_c_that_ends_worker_processes_too_saves_the_model(tmp_path: Path) -
     )
     try:
         wait_for(lambda: process.poll() is not None or len(checkpoints.in_folder(folder / "checkpoints")) > 1)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         output, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130, output
+    assert process.returncode == code, output
     assert "Interrupted after" in output and (folder / "model.zip").exists() and not (folder / "error.txt").exists()
-    checkpoints.find(folder)
+    found = checkpoints.find(folder / "checkpoints")
+    if backend == "workers":
+        assert checkpoints.steps_of(found.path) == PPOPlus.load(folder / "model.zip").num_timesteps
+
+
+def test_a_resumed_run_remembers_how_it_was_started(tmp_path: Path) -> None:
+    """64 iterations of 16 steps; evaluations every 128 steps: eight of them, whether or not it was interrupted."""
+    settings = ("--env", "CartPole-v1", "--n-envs", "2", "--set", "n_steps=8", "--set", "batch_size=16")
+    run, options = tmp_path / "run", ("--eval-freq", "128", "--eval-episodes", "3", "--checkpoint-freq", "16")
+    plain = ("train", "--no-progress", "--device", "cpu")
+    result = command(*plain, *settings, *options, "--n-timesteps", "1024", "--num-threads", "1", "--out", run)
+    assert result.exit_code == 0, result.output
+    whole = np.load(run / "evaluations.npz")
+    assert whole["results"].shape == (8, 3)
+    (run / "model.zip").unlink()
+    for path in checkpoints.in_folder(run / "checkpoints"):
+        if checkpoints.steps_of(path) == 1024:  # as if it had been killed before its last iteration
+            path.unlink()
+    result = command(*plain, "--resume", run)
+    assert result.exit_code == 0, result.output
+    resumed = np.load(run / "evaluations.npz")
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole if name != "seconds")
+    assert "3 episodes" in result.output and (run / "model.zip").exists()
+    command_line = resumed_runs.options_of(run)
+    assert command_line == {"num_threads": 1, "eval_episodes": 3, "eval_freq": 128, "eval_video": False}
 
 
 def test_resume_refuses_what_it_cannot_do(whole_run: Path, tmp_path: Path) -> None:
@@ -719,13 +861,14 @@ def test_killed_at_random_moments_and_resumed_it_ends_the_same(algorithm: str, k
     started = time.monotonic()
     cases.finish(settings, tmp_path / "whole", every)
     seconds = time.monotonic() - started
-    n_killed = 0
-    for moment in rng.uniform(0.2, 0.9, 2):  # the second one may come when all is done: the machine's speed varies
-        if not cases.is_finished(settings, tmp_path / "run"):
-            n_killed += cases.killed(settings, tmp_path / "run", every, seconds * moment)
-    assert n_killed
-    cases.finish_unless_finished(settings, tmp_path / "run", every)
-    cases.assert_same_runs(tmp_path / "whole", tmp_path / "run")
+    n_killed, run = 0, tmp_path
+    while not n_killed:  # the machine's speed varies: all may be done before the moment comes
+        run, seconds = run / "run", seconds / 2 if run != tmp_path else seconds
+        for moment in rng.uniform(0.2, 0.9, 2):
+            if not cases.is_finished(settings, run):
+                n_killed += cases.killed(settings, run, every, seconds * moment)
+    cases.finish_unless_finished(settings, run, every)
+    cases.assert_same_runs(tmp_path / "whole", run)
 
 
 @pytest.fixture(scope="module")

@@ -376,6 +376,30 @@ def test_ctrl_c_interrupts_only_the_parent_and_its_death_ends_the_workers(tmp_pa
     assert "Traceback" not in complaints
 
 
+def test_a_program_that_forgets_to_close_ends_all_the_same(tmp_path):
+    """Workers ignore SIGTERM, which is how multiprocessing's exit function ends processes before it waits for them."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys, weakref
+        class Something: pass
+        something = Something()
+        weakref.finalize(something, print, "bye")  # from now on finalizers run after multiprocessing's exit function
+        import multiprocessing.util
+        from sb3_pgplus.vec_env import WorkersVecEnv
+        import gymnasium as gym
+        if __name__ == "__main__":
+            env = WorkersVecEnv([lambda: gym.make("CartPole-v1")] * 2)
+            env.reset()
+            print(*(process.pid for process in env._processes))
+            sys.exit(5)
+    """)
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5, done.stderr
+    wait_until_gone([int(pid) for pid in done.stdout.split("\n")[0].split()])
+
+
 # --- with SB3 around it -----------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_pgplus import checkpoints
 from sb3_pgplus.errors import CheckpointError, warn_user
-from sb3_pgplus.interruptions import Interruption, exit_code
+from sb3_pgplus.interruptions import Interruption, act_on
 from sb3_pgplus.on_policy import PolicyGradientPlus
 from sb3_pgplus.training_state import named_callbacks
 
@@ -29,8 +29,9 @@ class CheckpointCallback(BaseCallback):
     :param path: folder for ``step-000010240.zip``, …; it must not hold checkpoints of another training
     :param every: environment steps from one checkpoint to the next; None: only when asked to stop
     :param keep: how many of the newest stay, and the best besides
-    :param on_sigterm: on SIGTERM, which cluster schedulers send, finish the iteration, write a checkpoint and end the
-        process with exit code 143
+    :param on_signals: on Ctrl-C, and on SIGTERM, which cluster schedulers send, finish the iteration, write a
+        checkpoint, and only then raise ``KeyboardInterrupt`` or end the process with exit code 143. Signals that the
+        program handles itself are left alone
     :param interruption: the signals of a program that handles them itself: training ends after the checkpoint
     :param verbose: from 1 on, print the name of each checkpoint
     :raises TypeError: on an argument of the wrong type
@@ -43,7 +44,7 @@ class CheckpointCallback(BaseCallback):
         every: float | None = None,
         keep: int = 3,
         *,
-        on_sigterm: bool = False,
+        on_signals: bool = True,
         interruption: Interruption | None = None,
         verbose: int = 0,
     ) -> None:
@@ -51,14 +52,14 @@ class CheckpointCallback(BaseCallback):
         self.folder = Path(path)
         self.every = None if every is None else _whole("every", every)
         self.keep = _whole("keep", keep)
-        self._own_signals = Interruption([signal.SIGTERM]) if on_sigterm else None
+        handles = on_signals and interruption is None
+        self._own_signals = Interruption([signal.SIGINT, signal.SIGTERM], only_unhandled=True) if handles else None
         self._interruption = interruption or self._own_signals
         #: Steps of the newest checkpoint, its file, and the best evaluation so far.
         self._newest_steps = -1
         self._newest: Path | None = None
         self._best_score = -math.inf
         self._wants_best: float | None = None
-        self._has_begun = False
         #: Callbacks that evaluate.
         self._judges: list[Any] | None = None
 
@@ -73,7 +74,7 @@ class CheckpointCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._check_folder()
-        self._has_begun, self._judges = True, None
+        self._judges = None
         if self._own_signals is not None:
             self._own_signals.__enter__()
 
@@ -84,9 +85,10 @@ class CheckpointCallback(BaseCallback):
         self._release_signals()
 
     def on_learn_return(self) -> None:
-        """Called when ``learn`` is over: after SIGTERM the process ends, now that all callbacks have ended well."""
+        """Called when ``learn`` is over: after a signal the program ends, now that all callbacks have ended well."""
         if self._own_signals is not None and self._own_signals.signal is not None:
-            raise SystemExit(exit_code(self._own_signals.signal))
+            number, self._own_signals.signal = self._own_signals.signal, None
+            act_on(number)
 
     def on_training_failure(self, error: BaseException) -> None:
         """
@@ -172,13 +174,15 @@ class CheckpointCallback(BaseCallback):
         model = cast(PolicyGradientPlus[Any], self.model)
         found = checkpoints.in_folder(self.folder)
         origin = model._resumed_from
+        is_own = self.folder.resolve() == model._checkpoint_folder
+        model._checkpoint_folder = self.folder.resolve()
         if origin is not None and origin.resolve().parent == self.folder.resolve():
             for path in found:
                 if checkpoints.steps_of(path) > model.num_timesteps:  # damaged, or passed over by the user
                     path.rename(path.with_suffix(".zip.passed-over"))
             if origin.is_file():
                 self._newest_steps, self._newest = model.num_timesteps, origin
-        elif found and not (self._has_begun and checkpoints.steps_of(found[0]) <= model.num_timesteps):
+        elif found and not (is_own and checkpoints.steps_of(found[0]) <= model.num_timesteps):
             raise CheckpointError(
                 f"{self.folder} holds checkpoints of another training ({found[0].name}): resume that one with "
                 f"{type(model).__name__}.resume({str(self.folder)!r}), or give another folder"

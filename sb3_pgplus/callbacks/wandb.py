@@ -294,7 +294,7 @@ class WandbCallback(BaseCallback):
         :param path: an mp4, gif, webm or ogg file
         :param name: of the metric
         """
-        if self.run is not None:
+        if self.run is not None and self.steps >= self._logged_before:  # else it has the video already
             with self._training_goes_on():
                 self.run.log({name: wandb.Video(str(path)), STEP: self.steps})
 

@@ -60,12 +60,13 @@ class ProgressCSV(CSVOutputFormat):
             warn_not_written(self._path, error)
 
     def _add_columns(self, names: list[str]) -> None:
-        self.file.close()
+        self.file.flush()
         with self._path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))[1:]
-        self.keys.extend(names)
-        self._write_rows([self.keys, *([*row, *[""] * len(names)] for row in rows)])
-        self.file = self._path.open("a", encoding="utf-8", newline="")
+        keys = [*self.keys, *names]
+        self._write_rows([keys, *([*row, *[""] * len(names)] for row in rows)])  # if that fails, all is as before
+        self.file.close()
+        self.file, self.keys = self._path.open("a", encoding="utf-8", newline=""), keys
 
 
 def rows_until(path: Path, column: str, last: float) -> list[list[str]]:

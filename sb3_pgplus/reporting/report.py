@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_pgplus.configs import algorithm_class
+from sb3_pgplus.configs import IGNORED_KEYS, algorithm_class
 from sb3_pgplus.construction import PLUMBING
 from sb3_pgplus.reporting import figures
 from sb3_pgplus.reporting.curve_verdicts import judge_curve, judge_evaluations
@@ -270,7 +270,7 @@ def _hyperparameters(run: Run) -> str:
     changed = changed_hyperparameters(run)
     rows = [(name, value, default) for name, (value, default) in changed.items()]
     diff = table(("name", "this run", "default"), rows) if rows else "<p>None: all are the defaults.</p>"
-    everything = table(("name", "value"), [(k, v) for k, v in run.settings.items() if k != "made_with"])
+    everything = table(("name", "value"), [(k, v) for k, v in run.settings.items() if k not in IGNORED_KEYS])
     return f"{diff}<details><summary>All settings</summary>{everything}</details>"
 
 

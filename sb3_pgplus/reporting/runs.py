@@ -22,7 +22,7 @@ FloatArray = npt.NDArray[np.float64]
 Axis = Literal["steps", "time"]
 STEPS, SECONDS = "time/total_timesteps", "time/time_elapsed"
 #: Settings that do not make two runs different experiments.
-NOT_SETTINGS = ("algo", "env", "seed", "made_with")
+NOT_SETTINGS = ("algo", "env", "seed", "made_with", "options")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """
 What environments' states are made of: plain trees, random generators, and the few objects that hold running statistics.
 
-A plain tree has dicts with string keys, lists, tuples, strings, integers of any size, floats, bools, None, NumPy arrays
-and NumPy scalars. It shares no memory with what it was made from.
+A plain tree has dicts, lists, tuples, strings, integers of any size, floats, bools, None, NumPy arrays and NumPy
+scalars. A dict's keys are any of these that can be keys. It shares no memory with what it was made from.
 """
 
 from __future__ import annotations
@@ -44,19 +44,24 @@ def to_tree(value: Any) -> Tree:
     """
     if isinstance(value, str):
         return str(value)  # maybe a np.str_
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+    if isinstance(value, (np.ndarray, np.generic)) and _is_plain(value.dtype):
         return value.copy()
-    if isinstance(value, np.generic) or type(value) in _CONSTANTS:
+    if type(value) in _CONSTANTS:
         return value
     if type(value) is tuple:
         return tuple(map(to_tree, value))
     if isinstance(value, (list, deque)):
         return [*map(to_tree, value)]
-    return {name: to_tree(part) for name, part in _parts(value).items()}
+    return {to_tree(name): to_tree(part) for name, part in _parts(value).items()}
 
 
-def _parts(value: Any) -> dict[str, Any]:
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+def _is_plain(dtype: np.dtype[Any]) -> bool:
+    """Whether its short name says all of it: it does not of dtypes with fields."""
+    return not dtype.hasobject and np.dtype(dtype.str) == dtype
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    if isinstance(value, dict):
         return value
     if isinstance(value, np.random.Generator):
         return dict(value.bit_generator.state)
@@ -70,8 +75,8 @@ def from_tree(tree: Tree, current: Any = None) -> Any:
     Undo :func:`to_tree`.
 
     :param tree: what it returned
-    :param current: what is in the place of the value now. Deques, generators and :data:`PARTS` are filled in place;
-        without them their tree is returned as it is
+    :param current: what is in the place of the value now. Generators and :data:`PARTS` are filled in place, deques and
+        kinds of dicts (as ``defaultdict``) are made like it; without it their tree is returned as it is
     :return: the value; it shares no memory with the tree
     :raises ValueError: if the value does not fit into what is there
     """
@@ -83,7 +88,10 @@ def from_tree(tree: Tree, current: Any = None) -> Any:
         return deque(map(from_tree, tree), current.maxlen)
     if isinstance(tree, dict):
         known = current if isinstance(current, dict) else {}
-        return {key: from_tree(item, known.get(key)) for key, item in tree.items()}
+        like = known.copy()  # a defaultdict keeps its factory
+        like.clear()
+        like.update({key: from_tree(item, known.get(key)) for key, item in tree.items()})
+        return like
     if isinstance(tree, (list, tuple)):
         return type(tree)(map(from_tree, tree))
     return np.array(tree) if isinstance(tree, np.ndarray) else tree

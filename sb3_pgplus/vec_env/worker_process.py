@@ -281,8 +281,10 @@ def run_worker(pipe: Connection, env_fns: Sequence[bytes], first: int, progress:
     :param progress: shared array of two integers
     :param full_infos: report the infos of every step
     """
-    # Ctrl-C reaches every process of the terminal; the parent decides what becomes of this one.
+    # Ctrl-C reaches every process of the terminal, and SIGTERM every process of a cluster's job; the parent decides
+    # what becomes of this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     worker = Worker(pipe, env_fns, first, progress, full_infos)
     try:

@@ -8,6 +8,7 @@ a byte for "step" and a byte for "done", and infos where an episode ended.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import multiprocessing as mp
@@ -90,6 +91,8 @@ class WorkersVecEnv(VecEnv):
         self._processes: list[BaseProcess] = []
         # Also at the interpreter's end, and when nobody refers to this object any more.
         self._finalizer = weakref.finalize(self, _stop, os.getpid(), self._pipes, self._processes)
+        # A finalizer may run after multiprocessing's own exit function, which waits for workers that ignore SIGTERM.
+        atexit.register(self._finalizer)
         try:
             self._start(env_fns, n_workers, start_method or _default_start_method(), full_infos)
             observation_space, action_space, metadata = self._share_memory(n_envs)
@@ -209,6 +212,7 @@ class WorkersVecEnv(VecEnv):
     def close(self) -> None:
         """Close the environments and end the processes; those that have not closed after 10 s are killed."""
         self._finalizer()
+        atexit.unregister(self._finalizer)
 
     # --- the single environments ------------------------------------------------------------------------------------
 

@@ -1,0 +1,100 @@
+"""
+How the hyperparameters of zoo_configs were chosen: candidates against each other, on seeds that no table reports.
+
+    python benchmarks/candidates.py benchmarks/candidates/ppoplus.yml --jobs 2
+    python benchmarks/candidates.py benchmarks/candidates/ppoplus.yml --only baseline,no_value_clip --table
+
+A file names an algorithm, tasks, seeds and steps, and its candidates: what each changes in the one set of the suite.
+Finished runs are kept; a stopped command continues.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sb3_pgplus.benchmarking import runner, store, suites
+from sb3_pgplus.benchmarking.trainings import Protocol
+from sb3_pgplus.configs import read_mapping, resolve_settings
+
+RESULTS = Path(__file__).parent / "results" / "candidates"
+#: Fewer evaluations than in the suite; a score is the mean of the last ten all the same, here the last quarter.
+PROTOCOL = Protocol(n_evaluations=40, n_episodes=5)
+#: What chooses nothing else than the number of environments and their steps.
+RUN_SETTINGS = ("n_envs",)
+
+
+def main(
+    file: Annotated[Path, typer.Argument(help="YAML: algo, tasks, seeds, n_timesteps, candidates.")],
+    *,
+    only: Annotated[str, typer.Option(help="Names of candidates, separated by commas; all by default.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
+    table: Annotated[bool, typer.Option("--table", help="Train nothing, only print.")] = False,
+    results: Annotated[Path, typer.Option(help="Folder of the finished runs.")] = RESULTS,
+) -> None:
+    """Train the candidates of a file and print their scores."""
+    plan = read_mapping(file)
+    chosen = [name.strip() for name in only.split(",") if name.strip()] or list(plan["candidates"])
+    runs = [run for seed in plan["seeds"] for name in chosen for run in runs_of(plan, name, seed, file.stem)]
+    console = Console()
+    if not table:
+        runner.make(runs, results, jobs=jobs, protocol=PROTOCOL, progress=True, console=console)
+    console.print(scores(runs, plan, results))
+
+
+def runs_of(plan: dict[str, Any], name: str, seed: int, group: str) -> list[suites.Run]:
+    """
+    The trainings of one candidate and seed.
+
+    :param plan: content of the file
+    :param name: of the candidate
+    :param seed: random seed
+    :param group: folder of the results
+    """
+    changes = dict(plan["candidates"][name] or {})
+    shared = suites.shared_settings(plan["algo"])
+    found = []
+    for env in plan["tasks"]:
+        settings = replace(
+            shared,
+            environment=resolve_settings(algo=plan["algo"], env=env).environment,
+            n_timesteps=int(plan["n_timesteps"]),
+            n_envs=changes.get("n_envs", shared.n_envs),
+            hyperparameters=shared.hyperparameters | {k: v for k, v in changes.items() if k not in RUN_SETTINGS},
+            seed=seed,
+        )
+        found.append(suites.Run(group, suites.Variant(name, name, plan["algo"], name), settings))
+    return found
+
+
+def scores(runs: list[suites.Run], plan: dict[str, Any], folder: Path) -> Table:
+    """
+    A row for each candidate: mean over seeds on each task, beside the published figure where there is one.
+
+    :param runs: what was planned
+    :param plan: content of the file
+    :param folder: of the results
+    """
+    table = Table(
+        title=f"{plan['algo']}, {plan['n_timesteps']:,} steps: mean over seeds (each seed)", title_justify="left"
+    )
+    for column in ("candidate", *plan["tasks"]):
+        table.add_column(column)
+    for name in dict.fromkeys(run.variant.name for run in runs):
+        cells = []
+        for env in plan["tasks"]:
+            stored = [store.read(store.path_of(folder, r)) for r in runs if (r.variant.name, r.env) == (name, env)]
+            found = [each.score for each in stored if each is not None]
+            cells.append(f"{np.mean(found):.0f} ({', '.join(f'{s:.0f}' for s in found)})" if found else "–")
+        table.add_row(name, *cells)
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
