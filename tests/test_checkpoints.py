@@ -814,6 +814,18 @@ def test_a_resumed_run_remembers_how_it_was_started(tmp_path: Path) -> None:
     assert command_line == {"num_threads": 1, "eval_episodes": 3, "eval_freq": 128, "eval_video": False}
 
 
+def test_the_model_of_an_earlier_interruption_is_replaced_though_all_steps_are_done(
+    whole_run: Path, tmp_path: Path
+) -> None:
+    """Killed after the last checkpoint and before the model was saved."""
+    copy = tmp_path / "run"
+    shutil.copytree(whole_run, copy)
+    shutil.copy(checkpoints.path_of(copy / "checkpoints", 2000), copy / "model.zip")
+    result = command(*TRAIN, "--resume", copy)
+    assert result.exit_code == 0, result.output
+    assert A2CPlus.load(copy / "model.zip").num_timesteps == 2200
+
+
 def test_resume_refuses_what_it_cannot_do(whole_run: Path, tmp_path: Path) -> None:
     for option in (("--env", "CartPole-v1"), ("--seed", 1), ("--out", tmp_path), ("--set", "n_steps=3")):
         result = command(*TRAIN, "--resume", whole_run, *option)
