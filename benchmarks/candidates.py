@@ -34,18 +34,29 @@ def main(
     file: Annotated[Path, typer.Argument(help="YAML: algo, tasks, seeds, n_timesteps, candidates.")],
     *,
     only: Annotated[str, typer.Option(help="Names of candidates, separated by commas; all by default.")] = "",
+    tasks: Annotated[str, typer.Option(help="Environment ids; all of the file by default.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds; all of the file by default.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
     table: Annotated[bool, typer.Option("--table", help="Train nothing, only print.")] = False,
     results: Annotated[Path, typer.Option(help="Folder of the finished runs.")] = RESULTS,
 ) -> None:
     """Train the candidates of a file and print their scores."""
     plan = read_mapping(file)
-    chosen = [name.strip() for name in only.split(",") if name.strip()] or list(plan["candidates"])
+    plan["tasks"] = split(tasks) or plan["tasks"]
+    plan["seeds"] = [int(seed) for seed in split(seeds)] or plan["seeds"]
+    chosen = split(only) or list(plan["candidates"])
     runs = [run for seed in plan["seeds"] for name in chosen for run in runs_of(plan, name, seed, file.stem)]
     console = Console()
     if not table:
         runner.make(runs, results, jobs=jobs, protocol=PROTOCOL, progress=True, console=console)
     console.print(scores(runs, plan, results))
+
+
+def split(text: str) -> list[str]:
+    """
+    :param text: separated by commas
+    """
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def runs_of(plan: dict[str, Any], name: str, seed: int, group: str) -> list[suites.Run]:
