@@ -361,6 +361,10 @@ def test_two_trainings_do_not_mix_their_checkpoints(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in checkpoints.in_folder(tmp_path)}
     with pytest.raises(CheckpointError, match="holds checkpoints of another training"):
         PPOPlus("MlpPolicy", "CartPole-v1", **SMALL).learn(16, CheckpointCallback(tmp_path, 8))
+    longer = PPOPlus("MlpPolicy", "CartPole-v1", **SMALL).learn(32)
+    for _ in range(2):  # being refused once makes the folder nobody's own
+        with pytest.raises(CheckpointError, match="holds checkpoints of another training"):
+            longer.learn(16, CheckpointCallback(tmp_path, 8), reset_num_timesteps=False)
     assert before == {path: path.read_bytes() for path in checkpoints.in_folder(tmp_path)}
 
 

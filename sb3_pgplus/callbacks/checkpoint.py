@@ -175,7 +175,6 @@ class CheckpointCallback(BaseCallback):
         found = checkpoints.in_folder(self.folder)
         origin = model._resumed_from
         is_own = self.folder.resolve() == model._checkpoint_folder
-        model._checkpoint_folder = self.folder.resolve()
         if origin is not None and origin.resolve().parent == self.folder.resolve():
             for path in found:
                 if checkpoints.steps_of(path) > model.num_timesteps:  # damaged, or passed over by the user
@@ -187,6 +186,7 @@ class CheckpointCallback(BaseCallback):
                 f"{self.folder} holds checkpoints of another training ({found[0].name}): resume that one with "
                 f"{type(model).__name__}.resume({str(self.folder)!r}), or give another folder"
             )
+        model._checkpoint_folder = self.folder.resolve()
 
     # --- its own state ------------------------------------------------------------------------------------------------
 
