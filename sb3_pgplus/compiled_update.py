@@ -1,6 +1,6 @@
 """
 A minibatch's update as one compiled function: loss, gradient, clipping, non-finite guard, and the optimiser's step
-where that is torch's plain RMSprop. It is compared with the eager update now and then.
+where that is torch's plain Adam or RMSprop. It is compared with the eager update now and then.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch as th
 from torch import nn
 
 from sb3_pgplus.hparams import PolicyGradientHparams
-from sb3_pgplus.optimizers import StepRule, drop_gradients
+from sb3_pgplus.optimizers import StepRule, common_base, drop_gradients, views_like
 from sb3_pgplus.tracing import Compiled, Known, compile_function, foreign_method
 
 if TYPE_CHECKING:
@@ -77,10 +78,14 @@ class CompiledUpdate:
         hp = problem.hp
         self._scheduled = [name for name in hp.scheduled_names() if isinstance(getattr(hp, name), float)]
         # Double precision, so that they act as Python's numbers do.
-        self._scalars = _scalars([getattr(hp, name) for name in self._scheduled])
-        self._limits = _scalars(problem.limits.values())
+        self._numbers = [*(float(getattr(hp, name)) for name in self._scheduled), *problem.limits.values()]
+        #: Scheduled hyperparameters, limits, what changes from step to step: an array to write to, and as a tensor.
+        self._packed = np.zeros(0)
+        self._packed_tensor = th.zeros(0)
         self._found: Compiled | None = None
         self._rule: StepRule | None = None
+        #: Where the gradient goes if the step is compiled too.
+        self._buffer: th.Tensor | None = None
         self._looked_up = False
 
     def __call__(self, batch: Any) -> Gradient:
@@ -112,19 +117,21 @@ class CompiledUpdate:
         optimizer = problem.owner.policy.optimizer
         if self._used and foreign_method(problem.owner, _STEP_METHODS, PACKAGE) is None:
             self._rule = StepRule.of(optimizer, self._used)
-        self._rates = _scalars(self._rule.rates() if self._rule else [])
+        self._buffer = gradient_buffer(self._used) if self._rule else None
         self._key = (key, is_used, self._rule and self._rule.key)
         self._found = self._engine.version(self._unit, self._key, lambda: self._compile(batch, flat))
 
     def _compile(self, batch: Any, flat: list[th.Tensor]) -> Compiled:
         compiled = Compiled(_not_compiled)
-        counts = [len(self._values), len(flat), len(self._scalars), len(self._limits), len(self._rates)]
+        inputs = self._inputs(flat)
         used_ids = {id(parameter) for parameter in self._used}
         position = {id(value): i for i, value in enumerate(self._values) if id(value) in used_ids}
         positions = [position[id(parameter)] for parameter in self._used]
+        counts, n_numbers = [len(self._values), len(flat), 1], [len(self._scheduled), len(self._problem.limits)]
 
         def function(*inputs: th.Tensor) -> list[th.Tensor]:
-            values, samples, scalars, limits, rates, states = _cut(inputs, counts)
+            values, samples, (packed,), states = _cut(inputs, counts)
+            scalars, limits, of_step = _cut(packed.unbind(), n_numbers)
             hp = _with_tensors(self._problem.hp, dict(zip(self._scheduled, scalars, strict=True)))
             parameters = [values[i] for i in positions]
             loss, diagnostics = self._known.tensors.replaced(
@@ -132,40 +139,47 @@ class CompiledUpdate:
             )
             compiled.names = list(diagnostics)
             gradients, norm = clip_by_norm(list(th.autograd.grad(loss, parameters)), hp.max_grad_norm)
-            if self._rule is not None:
-                may_step = _may_step(loss, norm, diagnostics, dict(zip(self._problem.limits, limits, strict=True)))
-                with th.no_grad():
-                    new = self._rule.stepped(parameters, gradients, states, rates)
-                    for old, value in zip([*parameters, *states], new, strict=True):
-                        old.copy_(th.where(may_step, value, old))
-            numbers = [loss, norm, *diagnostics.values()]
-            return [*gradients, th.stack([number.detach().double() for number in numbers])]
+            numbers = th.stack([number.detach().double() for number in (loss, norm, *diagnostics.values())])
+            if self._rule is None:
+                return [*gradients, numbers]
+            may_step = _may_step(loss, norm, diagnostics, dict(zip(self._problem.limits, limits, strict=True)))
+            with th.no_grad():
+                buffer, *states = states
+                gradient = th.cat([gradient.flatten() for gradient in gradients])
+                new = self._rule.stepped(parameters, gradient, states, of_step)
+                buffer.copy_(gradient)
+                for old, value in zip([*parameters, *states], new, strict=True):
+                    old.copy_(th.where(may_step, value, old))
+            return [numbers]
 
-        inputs = self._inputs(flat)
         may_change = [*positions, *range(sum(counts), len(inputs))] if self._rule else []
         examples = [x.detach().requires_grad_(id(x) in used_ids) for x in inputs]
         compiled.call = compile_function(function, examples, may_change)
         return compiled
 
     def _inputs(self, flat: list[th.Tensor]) -> list[th.Tensor]:
-        return [*self._values, *flat, *self._scalars, *self._limits, *self._rates, *self._states()]
+        numbers = [*self._numbers, *self._rule.numbers()] if self._rule else self._numbers
+        if len(self._packed) != len(numbers):
+            self._packed = np.zeros(len(numbers))
+            self._packed_tensor = th.from_numpy(self._packed)
+        self._packed[:] = numbers
+        return [*self._values, *flat, self._packed_tensor, *self._states()]
 
     def _states(self) -> list[th.Tensor]:
-        return self._rule.states() if self._rule else []
+        """What the step changes besides the parameters, and where the gradient goes."""
+        return [self._buffer, *self._rule.states()] if self._rule and self._buffer is not None else []
 
     # --- running it ---------------------------------------------------------------------------------------------------
 
     def _run(self, flat: list[th.Tensor]) -> Gradient:
         assert self._found is not None
-        if self._rule is not None:
-            for tensor, rate in zip(self._rates, self._rule.rates(), strict=True):
-                tensor.fill_(rate)
         with th.no_grad():
             *gradients, numbers = self._found.call(self._inputs(flat))
-        # Whatever another loss left in parameters that this one does not train must not be stepped on.
-        drop_gradients(self._problem.owner.policy.optimizer)
-        for parameter, gradient in zip(self._used, gradients, strict=True):
-            parameter.grad = gradient
+        if self._rule is None:
+            # Whatever another loss left in parameters that this one does not train must not be stepped on.
+            drop_gradients(self._problem.owner.policy.optimizer)
+            for parameter, gradient in zip(self._used, gradients, strict=True):
+                parameter.grad = gradient
         loss, norm, *logged = numbers.tolist()
         return Gradient(loss, norm, dict(zip(self._found.names, logged, strict=True)), self._rule is not None)
 
@@ -173,9 +187,12 @@ class CompiledUpdate:
         """The compiled update, unless the eager gradient on the same minibatch says that it is wrong."""
         expected = self._eager(batch)
         wanted = [parameter.grad for parameter in self._trained]
-        changed = [*self._used, *self._states()] if self._rule else []
+        changed = [*self._used, *self._states()]
         before = [tensor.detach().clone() for tensor in changed]
         result = self._run(flat)
+        if self._buffer is not None:
+            for parameter, view in zip(self._used, views_like(self._buffer, self._used), strict=True):
+                parameter.grad = view
         if agree([parameter.grad for parameter in self._trained], wanted):
             return result
         with th.no_grad():
@@ -213,8 +230,19 @@ def _may_step(
     return may_step
 
 
-def _scalars(numbers: Any) -> list[th.Tensor]:
-    return [th.tensor(number, dtype=th.float64) for number in numbers]
+def gradient_buffer(parameters: Sequence[nn.Parameter]) -> th.Tensor:
+    """
+    One vector of which the parameters' gradients are views, made so where they are not: a compiled function then has
+    one place to write to.
+
+    :param parameters: of one kind
+    """
+    buffer = common_base([parameter.grad for parameter in parameters])
+    if buffer is None:
+        buffer = th.cat([th.zeros_like(parameter).flatten() for parameter in parameters])
+        for parameter, view in zip(parameters, views_like(buffer, parameters), strict=True):
+            parameter.grad = view
+    return buffer
 
 
 def _cut(tensors: Sequence[th.Tensor], counts: Sequence[int]) -> list[Sequence[th.Tensor]]:

@@ -1,9 +1,11 @@
 """Steps of torch's optimisers with less overhead: for small networks it is most of an update's time."""
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
+import numpy as np
 import torch as th
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -157,30 +159,32 @@ def _count_up(states: list[dict[str, Any]]) -> None:
 
     They stay tensors of their own to torch, as its optimisers and its state dicts have them.
     """
-    base = states[0]["step"]._base
-    if base is None or len(base) != len(states) or any(state["step"]._base is not base for state in states):
-        base = th.stack([state["step"] for state in states])
-        for state, view in zip(states, base.unbind(), strict=True):
-            state["step"] = view
-    base += 1
+    counters = joined(states, "step")
+    counters += 1
 
 
 # --- a step as a function of tensors ----------------------------------------------------------------------------------
 
-#: What torch's RMSprop keeps of each parameter.
-_RMSPROP_STATE = ("step", "square_avg")
+#: What torch's optimisers keep of each parameter, the step counter first.
+_STATE_OF: dict[type[th.optim.Optimizer], tuple[str, ...]] = {
+    th.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
+    th.optim.RMSprop: ("step", "square_avg"),
+}
+#: Elsewhere, counters and parameters are not in one place.
+_ON_CPU = {("cpu", th.float32), ("cpu", th.float64)}
 #: Entries of a parameter group that are no settings of the step's formula.
 _NO_SETTINGS = ("params", "lr", "initial_lr")
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepRule:
     """
-    A plain RMSprop's step on some parameters as a function of tensors, which a trace can contain.
+    The step of a plain Adam or RMSprop on some parameters as a function of tensors, which a trace can contain.
 
-    Adam has none: torch steps it with one kernel of its own, which a compiler does not beat.
+    Of each kind of state, all parameters' are joined to one vector, of which the optimiser's own tensors are made
+    views. To torch, and in a state dict, they are what they were; a compiled function takes one tensor, not many.
 
-    :param key: what the function depends on besides tensors: settings, which parameter has which
+    :param key: what the function depends on besides tensors: settings, which parameter has which rate
     """
 
     key: Hashable
@@ -188,6 +192,15 @@ class StepRule:
     _parameters: Sequence[th.Tensor]
     #: Index of each parameter's group.
     _group_of: tuple[int, ...]
+    _settings: Mapping[str, Any]
+    #: Joined states, and the counters that were views of the first.
+    _joined: list[th.Tensor] = field(default_factory=list)
+    _counters: list[th.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        #: The same memory as the first joined state.
+        self._counts = np.zeros(0)
+        self._owners = [self._optimizer.state[parameter] for parameter in self._parameters]
 
     @classmethod
     def of(cls, optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor]) -> Self | None:
@@ -199,48 +212,108 @@ class StepRule:
         :return: None if the optimiser has to make its steps itself
         """
         groups, kind = optimizer.param_groups, type(optimizer)
-        if kind is not th.optim.RMSprop or _is_watched(optimizer):
+        if kind not in _STATE_OF or _is_watched(optimizer):
             return None
         if not all(_is_plain(kind, group) and isinstance(group["lr"], float) for group in groups):
             return None
+        settings = [{k: v for k, v in group.items() if k not in _NO_SETTINGS} for group in groups]
+        if any(other != settings[0] for other in settings) or settings[0]["weight_decay"] or settings[0]["maximize"]:
+            return None
         index = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-        if not all(id(p) in index and p.device.type == "cpu" for p in parameters):  # where torch's step counters are
+        like = {(p.device.type, p.dtype) for p in parameters}
+        if len(like) != 1 or not like <= _ON_CPU or not all(id(p) in index and p.is_contiguous() for p in parameters):
             return None
         for parameter in parameters:
             if not optimizer.state.get(parameter):
                 counter = th.zeros((), dtype=th.float64 if th.get_default_dtype() is th.float64 else th.float32)
-                optimizer.state[parameter] = {"step": counter, "square_avg": th.zeros_like(parameter.detach())}
+                moments = {name: th.zeros_like(parameter.detach()) for name in _STATE_OF[kind][1:]}
+                optimizer.state[parameter] = {"step": counter, **moments}
+        if kind is th.optim.Adam and len({float(optimizer.state[p]["step"]) for p in parameters}) > 1:
+            return None  # its numbers below are for all
         group_of = tuple([index[id(p)] for p in parameters])
-        settings = repr([(k, v) for group in groups for k, v in group.items() if k not in _NO_SETTINGS])
-        return cls((group_of, settings), optimizer, parameters, group_of)
+        return cls((kind, group_of, repr(settings[0])), optimizer, parameters, group_of, settings[0])
 
     def states(self) -> list[th.Tensor]:
-        """The optimiser's own tensors, parameter after parameter, as they are now: a step may put others in place."""
-        states = self._optimizer.state
-        return [states[parameter][name] for parameter in self._parameters for name in _RMSPROP_STATE]
+        """
+        The optimiser's own tensors, joined: step counters ``[n]``, then each moment ``[P]``. They are those of now: a
+        step outside of this rule may have put others in place.
+        """
+        # Whatever joins others joins counters, so they tell.
+        if not self._joined or any([o["step"] is not c for o, c in zip(self._owners, self._counters, strict=True)]):
+            self._joined = [joined(self._owners, name) for name in _STATE_OF[type(self._optimizer)]]
+            self._counters = [owner["step"] for owner in self._owners]
+            self._counts = self._joined[0].numpy()
+        return self._joined
 
-    def rates(self) -> list[float]:
-        """The learning rate of each group as it is now."""
-        return [group["lr"] for group in self._optimizer.param_groups]
+    def numbers(self) -> list[float]:
+        """
+        What changes from step to step: of each group ``lr``, for Adam ``lr/(1−β₁ⁿ)`` in its place and ``√(1−β₂ⁿ)``.
+        They are computed here because a compiled loop would take powers for every few elements.
+        """
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        if type(self._optimizer) is not th.optim.Adam:
+            return rates
+        self.states()
+        (beta1, beta2), count = self._settings["betas"], 1 + float(self._counts[0])
+        return [*(rate / (1 - beta1**count) for rate in rates), math.sqrt(1 - beta2**count)]
 
     def stepped(
-        self, parameters: Sequence[th.Tensor], gradients: Sequence[th.Tensor], states: Sequence[th.Tensor], rates: Any
+        self, parameters: Sequence[th.Tensor], gradient: th.Tensor, states: Sequence[th.Tensor], numbers: Any
     ) -> list[th.Tensor]:
         """
         New parameters, then new states; nothing is changed in place.
 
-        ``v ← αv + (1−α)g²,  θ ← θ − lr g/(√v + ε)`` (Tieleman & Hinton 2012)
+        * Adam: ``m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  θ ← θ − lr/(1−β₁ⁿ) · m/(√v/√(1−β₂ⁿ) + ε)``
+          (Kingma & Ba 2015, algorithm 1)
+        * RMSprop: ``v ← αv + (1−α)g²,  θ ← θ − lr g/(√v + ε)`` (Tieleman & Hinton 2012)
 
         :param parameters: in the rule's order, as are the rest
-        :param gradients: clipped
+        :param gradient: clipped and joined, ``[P]``
         :param states: like :meth:`states`
-        :param rates: of each group, scalar tensors
+        :param numbers: like :meth:`numbers`, scalar tensors
         """
-        new_parameters, new_states = [], []
-        counters, averages = states[0::2], states[1::2]
-        for index, p, g, n, v in zip(self._group_of, parameters, gradients, counters, averages, strict=True):
-            group, rate = self._optimizer.param_groups[index], rates[index].to(p.dtype)
-            average = group["alpha"] * v + (1 - group["alpha"]) * g * g
-            new_parameters.append(p - rate * g / (average.sqrt() + group["eps"]))
-            new_states += [n + 1, average]
-        return new_parameters + new_states
+        settings, dtype, (counts, *moments) = self._settings, gradient.dtype, states
+        if type(self._optimizer) is th.optim.Adam:
+            beta1, beta2 = settings["betas"]
+            mean = moments[0] + (1 - beta1) * (gradient - moments[0])
+            square = beta2 * moments[1] + (1 - beta2) * gradient * gradient
+            root, moments = square.sqrt() / numbers[-1].to(dtype), [mean, square]
+        else:
+            square = settings["alpha"] * moments[0] + (1 - settings["alpha"]) * gradient * gradient
+            mean, root, moments = gradient, square.sqrt(), [square]
+        directions = views_like(mean / (root + settings["eps"]), parameters)
+        rates = [numbers[group].to(dtype) for group in self._group_of]
+        new = [p - rate * direction for p, rate, direction in zip(parameters, rates, directions, strict=True)]
+        return [*new, counts + 1, *moments]
+
+
+def joined(owners: Sequence[dict[str, Any]], name: str) -> th.Tensor:
+    """
+    One vector of which the tensors of a name are consecutive views, made so where they are not: their values stay.
+
+    :param owners: hold a tensor each under the name
+    :param name: a key
+    """
+    tensors = [owner[name] for owner in owners]
+    base = common_base(tensors)
+    if base is None:
+        base = th.cat([tensor.flatten() for tensor in tensors])
+        for owner, view in zip(owners, views_like(base, tensors), strict=True):
+            owner[name] = view
+    return base
+
+
+def common_base(tensors: Sequence[th.Tensor | None]) -> th.Tensor | None:
+    """The vector that these tensors are all of, one after the other; None if they are not."""
+    base, end = getattr(tensors[0], "_base", None), 0
+    for tensor in tensors:
+        if tensor is None or tensor._base is not base or tensor.storage_offset() != end or not tensor.is_contiguous():
+            return None
+        end += tensor.numel()
+    return base if base is not None and base.shape == (end,) else None
+
+
+def views_like(vector: th.Tensor, tensors: Sequence[th.Tensor]) -> list[th.Tensor]:
+    """Consecutive pieces of a vector in the shapes of these tensors."""
+    pieces = vector.split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
