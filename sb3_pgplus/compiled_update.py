@@ -106,7 +106,7 @@ class CompiledUpdate:
         problem, trained_ids = self._problem, {id(parameter) for parameter in self._trained}
         constants = tuple([value for name, value in problem.hp.__dict__.items() if name not in self._scheduled])
         trained = tuple([id(tensor) in trained_ids for tensor in self._values])
-        key = (problem.variant, constants, self._known.plain, shapes(flat), trained, tuple(problem.limits))
+        key = (problem.variant, constants, self._known.number, shapes(flat), trained, tuple(problem.limits))
         if (self._unit, key) not in self._engine.used:
             if self._engine.keeps_changing(self._unit):
                 return

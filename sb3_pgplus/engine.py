@@ -80,6 +80,10 @@ class Engine:
     _reasons: dict[str, str] = field(default_factory=dict)
     _refused: dict[tuple[str, Hashable], str] = field(default_factory=dict)
     _known: dict[Hashable, Known] = field(default_factory=dict)
+    #: Everything plain of modules → its number, which is quicker to look up.
+    _numbers: dict[Hashable, int] = field(default_factory=dict)
+    #: Names of modules → what was found last.
+    _inspected: dict[tuple[str, ...], tuple[Any, Known]] = field(default_factory=dict)
     #: Unit and what a loss depends on → which of the trained parameters it depends on.
     used: dict[Hashable, tuple[bool, ...]] = field(default_factory=dict)
 
@@ -155,7 +159,10 @@ class Engine:
 
     def _inspect(self, modules: dict[str, nn.Module]) -> Known:
         """What is known about some modules, the policy among them, in the state in which they are now."""
-        fingerprints = fingerprint(modules.values())
+        fingerprints, names = fingerprint(modules.values()), tuple(modules)
+        last, known = self._inspected.get(names, (None, None))
+        if known is not None and last == fingerprints:  # nearly always, and much quicker than a look into a dict
+            return known
         if fingerprints not in self._known:
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
@@ -164,7 +171,9 @@ class Engine:
                 check_policy(modules["policy"])
             except UntraceableError as error:
                 refusal = str(error)
-            self._known[fingerprints] = Known(fingerprints[0], Tensors(modules), refusal)
+            number = self._numbers.setdefault(fingerprints[0], len(self._numbers))
+            self._known[fingerprints] = Known(number, Tensors(modules), refusal)
+        self._inspected[names] = fingerprints, self._known[fingerprints]
         return self._known[fingerprints]
 
     def version(self, unit: str, key: Hashable, build: Callable[[], Compiled]) -> Compiled | None:
@@ -243,7 +252,7 @@ class Engine:
             self._reasons[unit] = known.refusal
             return eager
         draws = noise_of(policy.action_space, len(flat[0]), flat[0].device)
-        key = (known.plain, shapes(flat))
+        key = (known.number, shapes(flat))
         found = self.version(unit, key, lambda: _compile_policy_step(policy, known.tensors, observations, draws))
         return eager if found is None else _PolicyStep(found, known.tensors.values, draws)
 
@@ -270,7 +279,7 @@ class Engine:
             return eager()
         position = {id(tensor): i for i, tensor in enumerate(known.tensors.values)}
         positions = tuple([position[id(parameter)] for parameter in parameters])
-        key = (known.plain, shapes(flat), positions)
+        key = (known.number, shapes(flat), positions)
         found = self.version(unit, key, lambda: _compile_fisher_product(policy, known.tensors, observations, positions))
         if found is None:
             return eager()

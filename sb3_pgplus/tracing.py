@@ -200,9 +200,9 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Known:
-    """Modules in one state: what a trace of them bakes in, their tensors, and why they cannot be traced."""
+    """Modules in one state: the number of all that a trace of them bakes in, their tensors, why none can be made."""
 
-    plain: tuple[Any, ...]
+    number: int
     tensors: Tensors
     refusal: str | None
 

@@ -1,5 +1,6 @@
 """The engine: compiled updates and policy steps equal the eager ones, and what cannot be compiled safely is not."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -87,7 +88,7 @@ def test_a_compiled_iteration_equals_the_eager_one(cls: Any, env: str, kwargs: d
     th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", [th.optim.Adam, th.optim.RMSprop])  # RMSprop's step is in the graph
+@pytest.mark.parametrize("optimizer", [th.optim.Adam, th.optim.RMSprop, th.optim.NAdam])  # NAdam steps itself
 def test_an_early_stop_by_target_kl_comes_at_the_same_minibatch(optimizer: Any) -> None:
     kwargs = {**PPO, "n_epochs": 20, "learning_rate": 1e-2, "target_kl": 0.005}
     kwargs["policy_kwargs"] = {"optimizer_class": optimizer, "optimizer_kwargs": {"eps": 1e-5}}
@@ -152,6 +153,18 @@ def test_the_optimizers_state_after_compiled_steps_is_that_of_eager_ones(cls: An
     for key, state in ours["state"].items():
         for name, value in state.items():
             th.testing.assert_close(value, theirs["state"][key][name], rtol=1e-4, atol=1e-6)
+    # The last minibatch's gradients, clipped, are where they are without a compiler.
+    gradients = [[p.grad for p in model.policy.parameters()] for model in (compiled, eager)]
+    th.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_taken_away_between_updates_are_there_again_after_the_next() -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", compile=True, **PPO).learn(ITERATION)
+    model.policy.optimizer.zero_grad()
+    model.learn(ITERATION, reset_num_timesteps=False)
+    norms = [float(p.grad.norm()) for p in model.policy.parameters() if p.grad is not None]
+    assert len(norms) == len(list(model.policy.parameters()))
+    assert math.hypot(*norms) > 0
 
 
 def test_an_optimizer_with_a_hook_makes_its_steps_itself() -> None:
