@@ -79,9 +79,9 @@ class CompiledUpdate:
         self._scheduled = [name for name in hp.scheduled_names() if isinstance(getattr(hp, name), float)]
         # Double precision, so that they act as Python's numbers do.
         self._numbers = [*(float(getattr(hp, name)) for name in self._scheduled), *problem.limits.values()]
-        #: Scheduled hyperparameters, limits, what changes from step to step: an array to write to, and as a tensor.
+        #: With limits and what changes from step to step: an array to write to, and what is passed.
         self._packed = np.zeros(0)
-        self._packed_tensor = th.zeros(0)
+        self._passed = th.zeros(0)
         self._found: Compiled | None = None
         self._rule: StepRule | None = None
         #: Where the gradient goes if the step is compiled too.
@@ -160,10 +160,11 @@ class CompiledUpdate:
     def _inputs(self, flat: list[th.Tensor]) -> list[th.Tensor]:
         numbers = [*self._numbers, *self._rule.numbers()] if self._rule else self._numbers
         if len(self._packed) != len(numbers):
-            self._packed = np.zeros(len(numbers))
-            self._packed_tensor = th.from_numpy(self._packed)
-        self._packed[:] = numbers
-        return [*self._values, *flat, self._packed_tensor, *self._states()]
+            self._packed = np.full(len(numbers), np.nan)
+        if self._packed.tolist() != numbers:
+            self._packed[:] = numbers  # on a CPU that is all: the tensor is the same memory
+            self._passed = th.from_numpy(self._packed).to(self._values[0].device)
+        return [*self._values, *flat, self._passed, *self._states()]
 
     def _states(self) -> list[th.Tensor]:
         """What the step changes besides the parameters, and where the gradient goes."""
