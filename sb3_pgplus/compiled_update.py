@@ -86,6 +86,8 @@ class CompiledUpdate:
         self._rule: StepRule | None = None
         #: Where the gradient goes if the step is compiled too.
         self._buffer: th.Tensor | None = None
+        #: The first parameter's gradient as a part of it.
+        self._first_view: th.Tensor | None = None
         self._looked_up = False
 
     def __call__(self, batch: Any) -> Gradient:
@@ -117,8 +119,11 @@ class CompiledUpdate:
         optimizer = problem.owner.policy.optimizer
         if self._used and foreign_method(problem.owner, _STEP_METHODS, PACKAGE) is None:
             self._rule = StepRule.of(optimizer, self._used)
-        self._buffer = gradient_buffer(self._used) if self._rule else None
-        self._key = (key, is_used, self._rule and self._rule.key)
+        if self._rule is not None:
+            drop_gradients(optimizer, besides=self._used)
+            self._buffer = gradient_buffer(self._used)
+            self._first_view = self._used[0].grad
+        self._key = (key, is_used, self._rule and (self._rule.key, shapes(self._states())))
         self._found = self._engine.version(self._unit, self._key, lambda: self._compile(batch, flat))
 
     def _compile(self, batch: Any, flat: list[th.Tensor]) -> Compiled:
@@ -181,8 +186,17 @@ class CompiledUpdate:
             drop_gradients(self._problem.owner.policy.optimizer)
             for parameter, gradient in zip(self._used, gradients, strict=True):
                 parameter.grad = gradient
+        elif self._used[0].grad is not self._first_view:  # an eager minibatch, or one that was not finite, came between
+            self._show_gradients()
         loss, norm, *logged = numbers.tolist()
         return Gradient(loss, norm, dict(zip(self._found.names, logged, strict=True)), self._rule is not None)
+
+    def _show_gradients(self) -> None:
+        """Let the parameters' gradients be those of the compiled function."""
+        assert self._buffer is not None
+        for parameter, view in zip(self._used, views_like(self._buffer, self._used), strict=True):
+            parameter.grad = view
+        self._first_view = self._used[0].grad
 
     def _checked(self, batch: Any, flat: list[th.Tensor]) -> Gradient:
         """The compiled update, unless the eager gradient on the same minibatch says that it is wrong."""
@@ -191,9 +205,6 @@ class CompiledUpdate:
         changed = [*self._used, *self._states()]
         before = [tensor.detach().clone() for tensor in changed]
         result = self._run(flat)
-        if self._buffer is not None:
-            for parameter, view in zip(self._used, views_like(self._buffer, self._used), strict=True):
-                parameter.grad = view
         if agree([parameter.grad for parameter in self._trained], wanted):
             return result
         with th.no_grad():

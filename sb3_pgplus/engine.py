@@ -171,7 +171,8 @@ class Engine:
                 check_policy(modules["policy"])
             except UntraceableError as error:
                 refusal = str(error)
-            number = self._numbers.setdefault(fingerprints[0], len(self._numbers))
+            # Those that are refused are never looked up by it.
+            number = 0 if refusal else self._numbers.setdefault(fingerprints[0], 1 + len(self._numbers))
             self._known[fingerprints] = Known(number, Tensors(modules), refusal)
         self._inspected[names] = fingerprints, self._known[fingerprints]
         return self._known[fingerprints]

@@ -59,11 +59,18 @@ def check_fits(state_dict: Any, optimizer: th.optim.Optimizer) -> None:
                 )
 
 
-def drop_gradients(optimizer: th.optim.Optimizer) -> None:
-    """Set all gradients to None, which makes optimisers leave parameters alone; a lean ``zero_grad``."""
+def drop_gradients(optimizer: th.optim.Optimizer, besides: Sequence[th.Tensor] = ()) -> None:
+    """
+    Set gradients to None, which makes optimisers leave parameters alone; a lean ``zero_grad``.
+
+    :param optimizer: any
+    :param besides: parameters that keep theirs
+    """
+    kept = {id(parameter) for parameter in besides}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad = None
+            if id(parameter) not in kept:
+                parameter.grad = None
 
 
 def step(optimizer: th.optim.Optimizer) -> None:
@@ -225,13 +232,15 @@ class StepRule:
             return None
         for parameter in parameters:
             if not optimizer.state.get(parameter):
-                counter = th.zeros((), dtype=th.float64 if th.get_default_dtype() is th.float64 else th.float32)
+                is_double = kind is th.optim.RMSprop and th.get_default_dtype() is th.float64  # as torch has them
+                counter = th.zeros((), dtype=th.float64 if is_double else th.float32)
                 moments = {name: th.zeros_like(parameter.detach()) for name in _STATE_OF[kind][1:]}
                 optimizer.state[parameter] = {"step": counter, **moments}
         if kind is th.optim.Adam and len({float(optimizer.state[p]["step"]) for p in parameters}) > 1:
             return None  # its numbers below are for all
         group_of = tuple([index[id(p)] for p in parameters])
-        return cls((kind, group_of, repr(settings[0])), optimizer, parameters, group_of, settings[0])
+        key = (kind, group_of, len(groups), repr(settings[0]))
+        return cls(key, optimizer, parameters, group_of, settings[0])
 
     def states(self) -> list[th.Tensor]:
         """

@@ -167,6 +167,19 @@ def test_gradients_taken_away_between_updates_are_there_again_after_the_next() -
     assert math.hypot(*norms) > 0
 
 
+def test_after_an_update_that_was_not_finite_gradients_are_those_of_the_next() -> None:
+    """The guard takes them away; the compiled function writes where they were."""
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", compile=True, **{**PPO, "n_epochs": 1}).learn(ITERATION)
+    buffer = model.rollout_buffer
+    returns = buffer.tensor("returns").clone()
+    buffer.tensor("returns").fill_(th.inf)
+    model.train()
+    assert all(p.grad is None for p in model.policy.parameters())
+    buffer.tensor("returns").copy_(returns)
+    model.train()
+    assert all(p.grad is not None for p in model.policy.parameters())
+
+
 def test_an_optimizer_with_a_hook_makes_its_steps_itself() -> None:
     model = A2CPlus("MlpPolicy", "Pendulum-v1", **SMALL, compile=True).learn(ITERATION)
     calls: list[int] = []

@@ -403,6 +403,29 @@ def test_rules_that_take_turns_find_the_states_where_the_other_put_them() -> Non
         th.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+def test_a_group_that_is_added_makes_another_rule() -> None:
+    """A trace knows numbers by their places, and a further group has a number of its own."""
+    ps = [p for group in fused_adam().param_groups for p in group["params"]]
+    optimizer = th.optim.Adam(ps, fused=True)
+    before = StepRule.of(optimizer, ps)
+    assert before is not None
+    n_numbers = len(before.numbers())
+    optimizer.add_param_group({"params": [th.nn.Parameter(th.zeros(2))], "lr": 5.0})
+    after = StepRule.of(optimizer, ps)
+    assert after is not None
+    assert before.key != after.key
+    assert len(after.numbers()) == n_numbers + 1
+
+
+def test_gradients_of_some_parameters_can_be_kept() -> None:
+    optimizer = th.optim.Adam(parameters())
+    set_gradients(optimizer, 0)
+    first, *others = optimizer.param_groups[0]["params"]
+    drop_gradients(optimizer, besides=[first])
+    assert first.grad is not None
+    assert all(p.grad is None for p in others)
+
+
 def test_joined_states_are_views_of_one_vector_with_their_values() -> None:
     """Two states of 2 and 1×3 elements make a vector of 5; joining again finds it, another order makes a new one."""
     states: list[dict[str, Any]] = [{"m": th.tensor([1.0, 2.0])}, {"m": th.tensor([[3.0, 4.0, 5.0]])}]
