@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -200,14 +200,13 @@ class StepRule:
     #: Index of each parameter's group.
     _group_of: tuple[int, ...]
     _settings: Mapping[str, Any]
-    #: Joined states, and the counters that were views of the first.
-    _joined: list[th.Tensor] = field(default_factory=list)
-    _counters: list[th.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        #: The same memory as the first joined state.
-        self._counts = np.zeros(0)
         self._owners = [self._optimizer.state[parameter] for parameter in self._parameters]
+        #: The states as they were joined last, the counters that became views then, and their memory as an array.
+        self._joined: list[th.Tensor] = []
+        self._counters: list[th.Tensor] = []
+        self._counts = np.zeros(0)
 
     @classmethod
     def of(cls, optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor]) -> Self | None:
@@ -314,12 +313,17 @@ def joined(owners: Sequence[dict[str, Any]], name: str) -> th.Tensor:
 
 def common_base(tensors: Sequence[th.Tensor | None]) -> th.Tensor | None:
     """The vector that these tensors are all of, one after the other; None if they are not."""
-    base, end = getattr(tensors[0], "_base", None), 0
+    base, end = None if tensors[0] is None else tensors[0]._base, 0
+    if base is None:
+        return None
     for tensor in tensors:
-        if tensor is None or tensor._base is not base or tensor.storage_offset() != end or not tensor.is_contiguous():
+        if tensor is None or tensor._base is not base or tensor.dtype != base.dtype or not tensor.is_contiguous():
+            return None
+        # By address: torch still names the old base of a tensor whose data was replaced.
+        if tensor.data_ptr() != base.data_ptr() + end * base.itemsize:
             return None
         end += tensor.numel()
-    return base if base is not None and base.shape == (end,) else None
+    return base if base.shape == (end,) else None
 
 
 def views_like(vector: th.Tensor, tensors: Sequence[th.Tensor]) -> list[th.Tensor]:

@@ -449,6 +449,16 @@ def test_a_part_of_a_vector_is_no_common_base() -> None:
     assert common_base([th.zeros(2)]) is None
 
 
+def test_a_view_whose_data_was_replaced_has_no_common_base() -> None:
+    """As ``module.double().float()`` replaces it: torch still names the vector as its base."""
+    vector = th.arange(3.0)
+    view = vector.view(3)
+    assert common_base([view]) is vector
+    view.data = view.data.double().float()
+    assert view._base is vector
+    assert common_base([view]) is None
+
+
 def test_a_rule_makes_states_only_for_parameters_that_are_stepped() -> None:
     optimizer = th.optim.RMSprop(parameters())
     first, *others = optimizer.param_groups[0]["params"]

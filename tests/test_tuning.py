@@ -541,7 +541,10 @@ def test_workers_share_a_study_exactly_and_a_killed_ones_trial_is_tried_again(
     trials = optuna.load_study(study_name="shared", storage=storage).trials
     assert sum(trial.state in FINISHED for trial in trials) == 8
     assert not [trial for trial in trials if trial.state in (TrialState.RUNNING, TrialState.WAITING)]
-    assert trials[killed.number].state == TrialState.FAIL
+    # Read again: a look at a running trial reads parameters before attributes, so it can find the second without the first.
+    killed = trials[killed.number]
+    assert killed.state == TrialState.FAIL
+    assert killed.params
     retries = [trial for trial in trials if trial.system_attrs.get("failed_trial") == killed.number]
     assert [(trial.params, trial.state in FINISHED) for trial in retries] == [(killed.params, True)]
     finished = [json.dumps(trial.params) for trial in trials if trial.state in FINISHED]
