@@ -117,6 +117,7 @@ def _is_mujoco_v5(spec: Any) -> bool:
 
 #: File → what it changes, on top of which other file or of the constructor's defaults.
 ABLATION: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "ppoplus": (None, {}),
     "no_policy_clip": (None, {"clip_range": None}),
     "no_value_clip": (None, {"clip_range_vf": None}),
     "no_gae": (None, {"advantage_estimator": "monte_carlo"}),

@@ -144,14 +144,11 @@ EXTRA_TASKS = {"ablation": ("Humanoid-v5",), "classic": ("LunarLander-v3", "Bipe
 
 @cache
 def ablation_variants() -> tuple[Variant, ...]:
-    """PPOPlus, and each file of zoo_configs/ablation: the paper's first, then one trick less, then one more."""
+    """Each file of zoo_configs/ablation: all tricks, the paper's variants, then one trick less, then one more."""
     names = sorted(path.stem for path in packaged_config("ablation/ppo").parent.glob("*.yml"))
-    order = [*PAPER, *(n for n in names if n.startswith("no_")), *(n for n in names if n.startswith("with_"))]
-    labels = {"ppo": "PPO", "ppo_m": "PPO-M", "ppo_noclip": "PPO-NoClip", "trpo": "TRPO", "trpo_plus": "TRPO+"}
-    files = [
-        Variant(name, labels.get(name, name.replace("_", " ")), _ablated_algorithm(name), ABLATION) for name in order
-    ]
-    return (OURS[0], *files)
+    order = ["ppoplus", *PAPER, *(n for k in ("no_", "with_") for n in names if n.startswith(k))]
+    labels = PLUS | {"ppo": "PPO", "ppo_m": "PPO-M", "ppo_noclip": "PPO-NoClip", "trpo": "TRPO", "trpo_plus": "TRPO+"}
+    return tuple(Variant(n, labels.get(n, n.replace("_", " ")), _ablated_algorithm(n), ABLATION) for n in order)
 
 
 def _ablated_algorithm(name: str) -> str:
