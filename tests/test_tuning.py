@@ -541,7 +541,7 @@ def test_workers_share_a_study_exactly_and_a_killed_ones_trial_is_tried_again(
     trials = optuna.load_study(study_name="shared", storage=storage).trials
     assert sum(trial.state in FINISHED for trial in trials) == 8
     assert not [trial for trial in trials if trial.state in (TrialState.RUNNING, TrialState.WAITING)]
-    # Read again: a look at a running trial reads parameters before attributes, so it can find the second without the first.
+    # Read again: a look at a running trial reads parameters before attributes, and may miss the first.
     killed = trials[killed.number]
     assert killed.state == TrialState.FAIL
     assert killed.params
