@@ -4,8 +4,9 @@ How the hyperparameters of zoo_configs were chosen: candidates against each othe
     python benchmarks/candidates.py benchmarks/candidates/ppoplus.yml --jobs 2
     python benchmarks/candidates.py benchmarks/candidates/ppoplus.yml --only baseline,no_value_clip --table
 
-A file names an algorithm, tasks, seeds and steps, and its candidates: what each changes in the one set of the suite.
-Finished runs are kept; a stopped command continues.
+A file names an algorithm, tasks, seeds and steps, a base, and its candidates: what each changes in the base. What
+neither names has the constructor's default, so a candidate stays what it was when zoo_configs changes. Finished runs
+are kept; a stopped command continues.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ RUN_SETTINGS = ("n_envs",)
 
 
 def main(
-    file: Annotated[Path, typer.Argument(help="YAML: algo, tasks, seeds, n_timesteps, candidates.")],
+    file: Annotated[Path, typer.Argument(help="YAML: algo, tasks, seeds, n_timesteps, base, candidates.")],
     *,
     only: Annotated[str, typer.Option(help="Names of candidates, separated by commas; all by default.")] = "",
     tasks: Annotated[str, typer.Option(help="Environment ids; all of the file by default.")] = "",
@@ -68,17 +69,16 @@ def runs_of(plan: dict[str, Any], name: str, seed: int, group: str) -> list[suit
     :param seed: random seed
     :param group: folder of the results
     """
-    changes = dict(plan["candidates"][name] or {})
-    shared = suites.shared_settings(plan["algo"])
+    values = plan["base"] | (plan["candidates"][name] or {})
     found = []
     for env in plan["tasks"]:
         settings = replace(
-            shared,
-            environment=resolve_settings(algo=plan["algo"], env=env).environment,
+            resolve_settings(algo=plan["algo"], env=env),
             n_timesteps=int(plan["n_timesteps"]),
-            n_envs=changes.get("n_envs", shared.n_envs),
-            hyperparameters=shared.hyperparameters | {k: v for k, v in changes.items() if k not in RUN_SETTINGS},
+            n_envs=values["n_envs"],
+            hyperparameters={k: v for k, v in values.items() if k not in RUN_SETTINGS},
             seed=seed,
+            source=f"candidate {name}",
         )
         found.append(suites.Run(group, suites.Variant(name, name, plan["algo"], name), settings))
     return found
@@ -86,7 +86,7 @@ def runs_of(plan: dict[str, Any], name: str, seed: int, group: str) -> list[suit
 
 def scores(runs: list[suites.Run], plan: dict[str, Any], folder: Path) -> Table:
     """
-    A row for each candidate: mean over seeds on each task, beside the published figure where there is one.
+    A row for each candidate: mean over seeds on each task, of runs with the settings that the file says.
 
     :param runs: what was planned
     :param plan: content of the file
@@ -100,8 +100,9 @@ def scores(runs: list[suites.Run], plan: dict[str, Any], folder: Path) -> Table:
     for name in dict.fromkeys(run.variant.name for run in runs):
         cells = []
         for env in plan["tasks"]:
-            stored = [store.read(store.path_of(folder, r)) for r in runs if (r.variant.name, r.env) == (name, env)]
-            found = [each.score for each in stored if each is not None]
+            cell = [run for run in runs if (run.variant.name, run.env) == (name, env)]
+            stored = [(run, store.read(store.path_of(folder, run))) for run in cell]
+            found = [each.score for run, each in stored if each and not runner.changes(each, run, PROTOCOL)]
             cells.append(f"{np.mean(found):.0f} ({', '.join(f'{s:.0f}' for s in found)})" if found else "–")
         table.add_row(name, *cells)
     return table

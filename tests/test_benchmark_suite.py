@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from typer.testing import CliRunner
 
 from sb3_pgplus import make_vec_env, statistics
-from sb3_pgplus.benchmarking import page, runner, stock, store, suites, tables, trainings
+from sb3_pgplus.benchmarking import command, figures, page, runner, stock, store, suites, tables, trainings
 from sb3_pgplus.benchmarking.results import Results, published
 from sb3_pgplus.benchmarking.runner import Outcome
 from sb3_pgplus.benchmarking.suites import MUJOCO_TASKS, Run, parse_seeds, plan
@@ -72,6 +72,10 @@ def a_run(
             },
             "training": {"episodes": [1] * n, "returns": returns},
             "seconds": 60.0 * n,
+            "machine": "a processor",
+            "jobs": 2,
+            "source": "a file",
+            "protocol": {},
         }
     )
 
@@ -348,13 +352,76 @@ def test_runs_with_other_settings_are_neither_mixed_nor_lost(made: Path, tmp_pat
     assert mixed == [("a2cplus", "CartPole-v1")]
 
 
-def test_a_setting_that_is_new_since_a_run_is_no_difference() -> None:
-    assert store.differences({"gamma": 0.9, "old": 1}, {"gamma": 0.9, "new": 2}) == []
+def test_a_setting_that_is_new_since_a_run_is_a_difference_unless_it_has_its_default() -> None:
+    ours = {"algo": "ppoplus", "gamma": 0.9}
+    assert store.differences(ours | {"old": 1}, ours | {"target_kl": None}) == []
+    assert store.differences(ours, ours | {"target_kl": 0.01}) == ["target_kl: None → 0.01"]
+    # Of SB3's algorithms no defaults are known.
+    theirs = {"algo": "sb3-ppo", "gamma": 0.9}
+    assert store.differences(theirs, theirs | {"target_kl": None}) == []
+    assert store.differences(theirs, theirs | {"max_grad_norm": 0.3}) == ["max_grad_norm: None → 0.3"]
+    assert store.differences(theirs | {"max_grad_norm": 0.3}, theirs) == ["max_grad_norm: 0.3 → None"]
     assert store.differences({"net": [64, 64]}, {"net": (64, 64)}) == []
     assert store.differences({"gamma": 0.9}, {"gamma": 0.99}) == ["gamma: 0.9 → 0.99"]
     # What is left out where it has its default is one.
     assert store.differences({}, {"use_sde": True}) == ["use_sde: False → True"]
     assert store.differences({"frame_stack": 4}, {}) == ["frame_stack: 4 → None"]
+
+
+def test_runs_that_were_evaluated_otherwise_are_not_mixed(made: Path, tmp_path: Path) -> None:
+    folder, runs = copied(made, tmp_path), tiny_plan(algos=["a2cplus"], seeds=[0])
+    more = replace(PROTOCOL, n_episodes=3)
+    with pytest.raises(ConfigError, match="n_episodes of the protocol: 2 → 3"):
+        runner.make(runs, folder, protocol=more)
+    assert runner.missing(runs, folder, more, replace=True) == runs
+
+
+def test_a_damaged_file_counts_as_missing_wherever_the_damage_is(made: Path, tmp_path: Path) -> None:
+    [run] = tiny_plan(algos=["a2cplus"], seeds=[0])
+    whole = store.path_of(made, run).read_bytes()
+    damaged = tmp_path / "seed0.json.gz"
+    for position in range(10, len(whole)):  # behind gzip's header, whose date and flags may be anything
+        damaged.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+        assert store.read(damaged) is None
+
+
+def test_a_run_that_another_process_made_meanwhile_is_not_made_twice(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tiny_plan(algos=["a2cplus"])
+    real_start = runner._start
+
+    def start_while_another_finishes(run: Any, *arguments: Any) -> Any:
+        copied(made, tmp_path)
+        return real_start(run, *arguments)
+
+    monkeypatch.setattr(runner, "_start", start_while_another_finishes)
+    assert runner.make(runs, tmp_path, jobs=1, protocol=PROTOCOL) == Outcome(1, 1, 0)
+
+
+def test_a_failure_that_cannot_be_noted_stops_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = tiny_plan(algos=["a2cplus"])
+    broken = replace(bad, settings=replace(bad.settings, hyperparameters={"gamma": 2.0}))
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runner, "write_atomically", full)  # in this process; the trainings have their own
+    assert runner.make([broken, good], tmp_path, jobs=1, protocol=PROTOCOL) == Outcome(1, 0, 1)
+    assert store.read(store.path_of(tmp_path, good)) is not None
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_store_that_cannot_be_written_to_is_found_before_the_first_training(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="nothing can be written to --store"):
+        runner.make(tiny_plan(), tmp_path / "store", protocol=PROTOCOL)
+
+
+def test_a_store_below_a_file_is_found_before_the_first_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="nothing can be written to --store"):
+        runner.make(tiny_plan(), tmp_path / "file" / "store", protocol=PROTOCOL)
 
 
 def test_a_failing_run_is_noted_with_its_traceback_and_stops_no_other(tmp_path: Path) -> None:
@@ -372,7 +439,7 @@ def test_a_failing_run_is_noted_with_its_traceback_and_stops_no_other(tmp_path: 
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is a POSIX signal here")
 def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process(tmp_path: Path) -> None:
     options = ["--suite", "classic", "--algos", "a2cplus", "--envs", "CartPole-v1", "--steps", "512", "--jobs", "1"]
-    command = [
+    arguments = [
         sys.executable,
         "-m",
         "sb3_pgplus.cli",
@@ -384,7 +451,7 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process(tmp_path: Path) -> 
         str(tmp_path),
     ]
     started = subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        arguments, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("*.json.gz")) and time.monotonic() < deadline:
@@ -444,6 +511,10 @@ def test_the_time_to_a_goal_is_that_of_the_first_evaluation_there() -> None:
     # Their score is the mean of all five, 29; 80 % of it are 23.2: ours after 2 minutes, theirs after 5.
     text = tables.times_to_goal(results, [("ppoplus", "sb3-ppo-same")], ["HalfCheetah-v5"])
     assert "| 23.2 | 2.00 | 5.00 | 0.40 |" in text
+    elsewhere = [store.StoredRun({**run.data, "jobs": 1}) for run in theirs]
+    results = Results("mujoco", [run for run in results.runs if run.variant == "ppoplus"] + elsewhere)
+    text = tables.times_to_goal(results, [("ppoplus", "sb3-ppo-same")], ["HalfCheetah-v5"])
+    assert "| 23.2 | 2.00 | 5.00 | – |" in text
 
 
 def test_a_cell_says_how_many_seeds_it_has_and_an_interval_needs_two() -> None:
@@ -499,6 +570,62 @@ def test_a_page_keeps_what_stands_outside_of_its_markers(made: Path, tmp_path: P
         page.write(made, target)
 
 
+def test_a_cell_of_another_set_is_named_under_the_tables(tmp_path: Path) -> None:
+    made_with = {"machine": "m", "code": {"commit": "a" * 40 + " with changes"}, "versions": {}, "jobs": 2}
+
+    def stored(env: str, gamma: float, variant: str = "ppoplus") -> store.StoredRun:
+        run = a_run([0.0] * 10, variant, env)
+        algo = "sb3-ppo" if variant.startswith("sb3") else variant
+        settings = {"algo": algo, "env": env, "gamma": gamma, "n_timesteps": 1000}
+        return store.StoredRun(
+            {**run.data, **made_with, "settings": settings, "source": "ours, without desired_kl=0.01"}
+        )
+
+    same = Results(
+        "mujoco", [stored("Hopper-v5", 0.99), stored("Ant-v5", 0.99), stored("Ant-v5", 0.99, "sb3-ppo-same")]
+    )
+    assert "Not one set" not in page._notes(same) and "earlier settings" not in page._notes(same)
+    assert "* SB3 PPO, same settings: ours, without desired_kl=0.01." in page._notes(same)
+    assert "* Code: aaaaaaaaaa with changes." in page._notes(same)
+    other = Results("mujoco", [stored("Hopper-v5", 0.9), stored("Ant-v5", 0.99), stored("Ant-v5", 0.9, "sb3-ppo-same")])
+    assert "* Not one set of settings for all tasks yet: ppoplus." in page._notes(other)
+    assert "trained with earlier settings of ours on Ant-v5." in page._notes(other)
+
+
+def test_settings_per_task_count_the_one_set_where_a_task_has_none_of_its_own() -> None:
+    [own] = [env for variant, env in suites.per_task_cells() if variant.name == "trpoplus-per-task"]
+    assert own == "Swimmer-v5"
+    runs = [a_run([400.0] * 10, "trpoplus-per-task", own), a_run([9000.0] * 10, "trpoplus", "Hopper-v5")]
+    runs += [a_run([9000.0] * 10, "ppoplus-per-task", "HalfCheetah-v5")]
+    results = Results("mujoco", runs)
+    text = tables.scores(results, suites.PER_TASK_OURS, MUJOCO_TASKS)
+    assert "| Swimmer-v5 | – | 274 ± 88 | 400 (1) | 359 ± 2 SE | – | 38 ± 2 |" in text
+    assert "| HalfCheetah-v5 | 9000 (1) | 5650 ± 1226 | as above |" in text
+    lines = tables.targets(results, suites.PER_TASK_OURS, MUJOCO_TASKS)
+    assert "* TRPOPlus, per task: 2 of 9 tasks, 2 of them trained: Hopper-v5, Swimmer-v5." in lines
+
+
+def test_what_sb3_lacks_of_the_set_is_named() -> None:
+    ours = replace(
+        suites.shared_settings("ppoplus"), hyperparameters={"desired_kl": 0.01, "gamma": 0.9}, source="a file"
+    )
+    assert stock.same_settings(ours).source == "a file, without desired_kl=0.01"
+    assert stock.same_settings(replace(ours, hyperparameters={"log_std_init": -1.0})).source == "a file, all of it"
+
+
+def test_no_frame_of_a_figure_is_empty() -> None:
+    results = Results("classic", [a_run([0.0] * 12, env=env) for env in suites.CLASSIC_TASKS])
+    figure = figures._curves(results, suites.OURS, suites.CLASSIC_TASKS, lambda curve: curve.steps, "steps")
+    assert figure is not None
+    assert [axis.get_visible() for axis in figure.axes] == [True] * 5 + [False]
+
+
+NAMES_OF_FIGURES = (
+    *("ablation-scores", "mujoco-profile-four", "mujoco-profile"),
+    *("mujoco-steps", "mujoco-time-all", "mujoco-time"),
+)
+
+
 def test_every_section_and_figure_is_drawn_from_runs_of_all_variants(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     made_with = {"machine": "a processor", "code": {}, "versions": {"torch": "2"}, "jobs": 2, "format": store.FORMAT}
@@ -519,9 +646,12 @@ def test_every_section_and_figure_is_drawn_from_runs_of_all_variants(tmp_path: P
         "Returns of the training's own episodes",
         "Each trick",
     ]
-    figures = sorted(path.name for path in (tmp_path / "images").iterdir())
-    assert figures == [f"results-{n}.svg" for n in ("ablation-scores", "mujoco-profile", "mujoco-steps", "mujoco-time")]
-    assert all(f"images/{name}" in text for name in figures)
+    drawn = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert drawn == sorted(f"results-{n}.svg" for n in NAMES_OF_FIGURES)
+    assert all(f"images/{name}" in text for name in drawn)
+    links = re.findall(r"^!\[.*$", text, re.MULTILINE)
+    again = page.write(tmp_path, tmp_path / "results.md", with_figures=False)
+    assert re.findall(r"^!\[.*$", again, re.MULTILINE) == links
     assert "| PPO-NoClip |" in text and "2867 [2701, 3024]" in text
 
 
@@ -549,13 +679,24 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], message: str) -> None
     assert message in result.output.replace("\n", " ")
 
 
-def test_the_list_shows_stored_and_missing_seeds(made: Path) -> None:
+def rows_of_the_list(folder: Path) -> list[list[str]]:
     tiny = ("--suite", "classic", "--envs", "CartPole-v1", "--steps", str(STEPS), "--algos", "ppoplus,trpoplus")
-    result = invoke(*tiny, "--seeds", "3", "--store", str(made), "--list")
+    result = invoke(*tiny, "--seeds", "3", "--store", str(folder), "--list")
     assert result.exit_code == 0, result.output
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
+
+
+def test_the_list_shows_stored_and_missing_seeds(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "Protocol", lambda: PROTOCOL)
+    rows = rows_of_the_list(made)
     assert ["ppoplus", "CartPole-v1", "1,024", "0, 1", "2"] in [row[:5] for row in rows]
     assert ["trpoplus", "CartPole-v1", "1,024", "", "0, 1, 2"] in [row[:5] for row in rows]
+
+
+def test_the_list_does_not_count_runs_that_were_made_otherwise(made: Path) -> None:
+    # Twelve evaluations of two episodes, where the command makes fifty of ten.
+    [row] = [row for row in rows_of_the_list(made) if row[0] == "ppoplus"]
+    assert row[:5] == ["ppoplus", "CartPole-v1", "1,024", "", "2"] and row[6] == "0, 1"
 
 
 def test_the_table_of_a_folder_goes_to_a_page_in_it_and_not_into_the_documentation(made: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from sb3_pgplus.benchmarking import runner, store
 from sb3_pgplus.benchmarking.suites import Run
+from sb3_pgplus.benchmarking.trainings import Protocol
 from sb3_pgplus.configs import ConfigError
 
 STORE, PAGE = Path("benchmarks/results/suite"), Path("docs/results.md")
@@ -59,24 +60,36 @@ def run(
 
 def plan_table(runs: Sequence[Run], folder: Path) -> Table:
     """
-    The cells of a plan: seeds that are there and missing, and how long these take.
+    The cells of a plan: seeds that are there and missing, how long these take, and which only ``--replace`` would make.
 
     :param runs: the plan
     :param folder: of all results
     """
     estimates = runner.Estimates.of(runs, folder)
     table = Table(title=f"{len(runs)} runs in {folder / runs[0].group}" if runs else "nothing", title_justify="left")
+    changed = [r for r in runs if _is_changed(r, folder)]
     for column in ("algorithm", "environment", "steps", "stored seeds", "missing seeds", "missing, time"):
         table.add_column(column)
+    if changed:
+        table.add_column("with other settings")
     for variant, env, n_timesteps in dict.fromkeys((r.variant.name, r.env, r.settings.n_timesteps) for r in runs):
         cell = [r for r in runs if (r.variant.name, r.env) == (variant, env)]
         missing = [r for r in cell if store.read(store.path_of(folder, r)) is None]
         seconds = [estimates.seconds(r) for r in missing]
         time = runner.duration(sum(s for s in seconds if s)) if missing and all(seconds) else "?" if missing else ""
-        there = sorted({r.seed for r in cell} - {r.seed for r in missing})
-        lists = [", ".join(map(str, seeds)) for seeds in (there, [r.seed for r in missing])]
-        table.add_row(variant, env, f"{n_timesteps:,}", *lists, time)
+        others = [r.seed for r in cell if r in changed]
+        there = sorted({r.seed for r in cell} - {r.seed for r in missing} - set(others))
+        stored_seeds, missing_seeds, other_seeds = (
+            ", ".join(map(str, seeds)) for seeds in (there, [r.seed for r in missing], others)
+        )
+        row = [variant, env, f"{n_timesteps:,}", stored_seeds, missing_seeds, time]
+        table.add_row(*row, *([other_seeds] if changed else []))
     return table
+
+
+def _is_changed(run: Run, folder: Path) -> bool:
+    stored = store.read(store.path_of(folder, run))
+    return stored is not None and bool(runner.changes(stored, run, Protocol()))
 
 
 def write_tables(folder: Path, page: Path | None, *, with_figures: bool, console: Console) -> Path:

@@ -39,21 +39,23 @@ GREY, GRID = "#8a8f98", "#e3e6ea"
 THRESHOLDS = np.linspace(0, 1.6, 161)
 
 
-def draw(results: Results, folder: Path) -> list[tuple[str, Path]]:
+def draw(results: Results, folder: Path, *, anew: bool = True) -> list[tuple[str, Path]]:
     """
     Draw what there are runs for.
 
     :param results: of a group
     :param folder: of the pictures
+    :param anew: otherwise only look which pictures are there
     :return: what each one shows, and its file
     :raises ImportError: if matplotlib is missing, naming the extra that installs it
     """
     drawn = []
     for name, title, make in _figures(results):
-        figure = make()
+        path = folder / f"results-{results.group}-{name}.svg"
+        figure = make() if anew else None
         if figure is not None:
-            path = folder / f"results-{results.group}-{name}.svg"
             _save(figure, path)
+        if figure is not None or (not anew and path.exists()):
             drawn.append((title, path))
     return drawn
 
@@ -61,8 +63,8 @@ def draw(results: Results, folder: Path) -> list[tuple[str, Path]]:
 def _figures(results: Results) -> list[tuple[str, str, Callable[[], Figure | None]]]:
     everything = [*OURS, *OTHERS]
     steps, minutes = (lambda curve: curve.steps), (lambda curve: curve.seconds / 60)
-    classic = [*CLASSIC_TASKS, *EXTRA_TASKS["classic"]]
     beside = [OURS[0], *OTHERS[:2]]
+    classic = [*CLASSIC_TASKS, *EXTRA_TASKS["classic"]]
     kinds: dict[str, list[tuple[str, str, Callable[[], Figure | None]]]] = {
         "mujoco": [
             (
@@ -75,7 +77,17 @@ def _figures(results: Results) -> list[tuple[str, str, Callable[[], Figure | Non
                 "Return by training time",
                 lambda: _curves(results, beside, REFERENCE_TASKS, minutes, "minutes of training"),
             ),
-            ("profile", "Performance profile", lambda: _profile(results, OURS, MUJOCO_TASKS)),
+            (
+                "time-all",
+                "Return by training time, all algorithms",
+                lambda: _curves(results, everything, MUJOCO_TASKS, minutes, "minutes of training"),
+            ),
+            ("profile", "Performance profile", lambda: _profile(results, OURS, MUJOCO_TASKS, "Nine tasks")),
+            (
+                "profile-four",
+                "Performance profile on the tasks beside SB3",
+                lambda: _profile(results, everything, REFERENCE_TASKS, "Four tasks"),
+            ),
         ],
         "classic": [("steps", "Return by environment steps", lambda: _curves(results, OURS, classic, steps, "steps"))],
         "ablation": [("scores", "The ablation", lambda: _ablation(results))],
@@ -111,7 +123,7 @@ def _curves(
     columns = min(3 if len(shown) != 4 else 2, len(shown))
     lines = -(-len(shown) // columns)
     figure = _new(figsize=(3.6 * columns, 2.7 * lines + 0.5))
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     legend: dict[str, Any] = {}
     for axis, env in zip(axes, shown, strict=False):
         for variant in variants:
@@ -124,13 +136,13 @@ def _curves(
                     band = {"color": COLORS[variant.name], "alpha": 0.18, "linewidth": 0}
                     axis.fill_between(x(found), *found.interval, **band)
         _decorate(axis, env, label)
-    for axis in list(axes)[len(shown) :]:
+    for axis in axes[len(shown) :]:
         axis.set_visible(False)
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
-def _profile(results: Results, variants: Sequence[Variant], tasks: Sequence[str]) -> Figure | None:
+def _profile(results: Results, variants: Sequence[Variant], tasks: Sequence[str], title: str) -> Figure | None:
     found = {variant: results.normalized(variant.name, tasks) for variant in variants}
     if not any(found.values()):
         return None
@@ -142,7 +154,7 @@ def _profile(results: Results, variants: Sequence[Variant], tasks: Sequence[str]
             axis.plot(THRESHOLDS, fractions, color=COLORS[variant.name], label=variant.label)
             if interval is not None:
                 axis.fill_between(THRESHOLDS, *interval, color=COLORS[variant.name], alpha=0.18, linewidth=0)
-    _decorate(axis, "Nine tasks", "normalised score τ: random actions 0, published PPO 1")
+    _decorate(axis, title, "normalised score τ: random actions 0, published PPO 1")
     axis.set_ylabel("fraction of runs above τ")
     axis.legend(frameon=False, fontsize=8)
     return figure

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from sb3_pgplus.benchmarking import figures, store
 from sb3_pgplus.benchmarking.results import Results
+from sb3_pgplus.benchmarking.stock import SHARED_ARGUMENTS
+from sb3_pgplus.benchmarking.suites import OURS
 from sb3_pgplus.benchmarking.tables import sections
 from sb3_pgplus.configs import ConfigError
 from sb3_pgplus.files import write_atomically
@@ -63,7 +65,7 @@ def _group(results: Results, page_folder: Path, with_figures: bool) -> str:
     title = TITLES[kind] + (f", {int(steps):,} steps" if steps.isdecimal() else "")
     lines = [f"## {title}\n"]
     try:
-        drawn = figures.draw(results, page_folder / "images") if with_figures else _there(results.group, page_folder)
+        drawn = figures.draw(results, page_folder / "images", anew=with_figures)
     except ImportError as error:
         raise ConfigError(str(error)) from error
     for alt, path in drawn:
@@ -73,16 +75,11 @@ def _group(results: Results, page_folder: Path, with_figures: bool) -> str:
     return "\n".join([*lines, _notes(results)])
 
 
-def _there(group: str, page_folder: Path) -> Sequence[tuple[str, Path]]:
-    found = sorted((page_folder / "images").glob(f"results-{group}-*.svg"))
-    return [(path.stem.replace("-", " "), path) for path in found]
-
-
 def _notes(results: Results) -> str:
     """What belongs under the tables: seeds, machines, versions, commits, and what is wrong with the runs."""
     runs = results.runs
     machines = sorted({str(run.data["machine"]) for run in runs})
-    commits = sorted({str(run.data["code"].get("commit", "unknown"))[:10] for run in runs})
+    commits = sorted({_short(run.data["code"]) for run in runs})
     versions: dict[str, set[str]] = {}
     for run in runs:
         for package, number in run.data["versions"].items():
@@ -96,7 +93,20 @@ def _notes(results: Results) -> str:
     ]
     if mixed := results.with_mixed_settings():
         lines.append(f"Runs with different settings in one cell: {', '.join(f'{v} on {e}' for v, e in mixed)}.")
+    if others := results.others_on_other_tasks(variant.name for variant in OURS if results.kind == "mujoco"):
+        lines.append(f"Not one set of settings for all tasks yet: {', '.join(others)}.")
+    compared = ("n_envs", *SHARED_ARGUMENTS)
+    if unlike := results.differs_from_ours("ppoplus", "sb3-ppo-same", compared):
+        lines.append(f"SB3's PPO was trained with earlier settings of ours on {', '.join(unlike)}.")
+    sources = {str(run.data["source"]) for run in runs if run.variant == "sb3-ppo-same"}
+    lines += [f"SB3 PPO, same settings: {source}." for source in sorted(sources)]
     return "\n".join(part for line in lines for part in _wrapped(line)) + "\n"
+
+
+def _short(code: Mapping[str, str]) -> str:
+    """The commit's first characters, and whether there were changes; without one the digest of the source."""
+    commit, _, changes = code.get("commit", f"digest {code.get('digest', 'unknown')}").partition(" with")
+    return (commit[:10] if "commit" in code else commit) + (f" with{changes}" if changes else "")
 
 
 def _wrapped(line: str, width: int = 120) -> list[str]:

@@ -131,6 +131,15 @@ class Results:
         value, interval = statistics.probability_of_improvement(*pairs)
         return value, interval, common
 
+    def conditions(self, variant: str, env: str) -> set[tuple[str, int]]:
+        """
+        Under which a cell's times were measured: machines, trainings side by side.
+
+        :param variant: name
+        :param env: environment id
+        """
+        return {(str(run.data["machine"]), int(run.data["jobs"])) for run in self.cells.get((variant, env), [])}
+
     def seconds_to(self, variant: str, env: str, goal: float) -> float | None:
         """
         Training time until the IQM of an evaluation first reaches a goal.
@@ -144,6 +153,36 @@ class Results:
         if found is None or not (found.returns >= goal).any():
             return None
         return float(found.seconds[np.argmax(found.returns >= goal)])
+
+    def others_on_other_tasks(self, variants: Iterable[str]) -> list[str]:
+        """
+        Of variants that have one set for all tasks, those whose runs have not.
+
+        :param variants: names
+        """
+        found = []
+        for name in variants:
+            # What belongs to the task is left out.
+            settings = [run.data["settings"] | {"env": None} for run in self.runs if run.variant == name]
+            if any(store.differences(settings[0], other) for other in settings[1:]):
+                found.append(name)
+        return found
+
+    def differs_from_ours(self, ours: str, theirs: str, names: Iterable[str]) -> list[str]:
+        """
+        Tasks on which two variants were not trained with the same settings.
+
+        :param ours: name of a variant
+        :param theirs: name of another
+        :param names: settings that have to be the same
+        """
+        names = list(names)
+
+        def settings(variant: str, env: str) -> list[Any]:
+            return [[run.data["settings"].get(name) for name in names] for run in self.cells.get((variant, env), [])]
+
+        common = [env for variant, env in self.cells if variant == theirs and (ours, env) in self.cells]
+        return [env for env in common if any(a != b for a in settings(ours, env) for b in settings(theirs, env))]
 
     def with_mixed_settings(self) -> list[tuple[str, str]]:
         """Cells whose runs were not all made with the same settings."""

@@ -6,7 +6,8 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
@@ -47,22 +48,39 @@ class _Active:
     task: Any = None
 
 
-def missing(runs: Sequence[Run], folder: Path, *, replace: bool = False) -> list[Run]:
+def changes(stored: store.StoredRun, run: Run, protocol: Protocol) -> list[str]:
+    """
+    What a stored run was made with otherwise.
+
+    :param stored: the file
+    :param run: the training that is asked for
+    :param protocol: how it would be evaluated
+    :return: ``"name: old → new"``
+    """
+    old, new = stored.data["protocol"], asdict(protocol)
+    return [
+        *store.differences(stored.data["settings"], store.described_settings(run)),
+        *(f"{name} of the protocol: {old.get(name)!r} → {new[name]!r}" for name in new if old.get(name) != new[name]),
+    ]
+
+
+def missing(runs: Sequence[Run], folder: Path, protocol: Protocol, *, replace: bool = False) -> list[Run]:
     """
     Runs of a plan without a whole file.
 
     :param runs: the plan
     :param folder: of all results
+    :param protocol: how to evaluate
     :param replace: make runs anew that are there with other settings
     :raises ConfigError: if some are, and shall not be replaced
     """
     result, others = [], []
     for run in runs:
         stored = store.read(store.path_of(folder, run))
-        changes = store.differences(stored.data["settings"], store.described_settings(run)) if stored else []
-        if changes:
-            others.append(f"{run} ({'; '.join(changes)})")
-        if stored is None or changes:
+        changed = changes(stored, run, protocol) if stored else []
+        if changed:
+            others.append(f"{run} ({'; '.join(changed)})")
+        if stored is None or changed:
             result.append(run)
     if others and not replace:
         raise ConfigError(
@@ -96,16 +114,22 @@ def make(
     :raises KeyboardInterrupt: if Ctrl-C is pressed; finished runs are kept, those under way are given up
     """
     store.check_folder(folder)
-    queue = missing(runs, folder, replace=replace)
+    protocol = protocol or Protocol()
+    queue = missing(runs, folder, protocol, replace=replace)
     estimates = Estimates.of(runs, folder)
     made_with = {"code": store.code(), "machine": store.machine(), "jobs": jobs}
     active: dict[Any, _Active] = {}
-    waiting, failed = deque(queue), 0
+    waiting, failed, found = deque(queue), 0, 0
     with Display(console or Console(quiet=True), runs, queue, jobs, estimates, show=progress) as display:
         try:
             while waiting or active:
                 while waiting and len(active) < jobs:
-                    started = _start(waiting.popleft(), folder, protocol or Protocol(), made_with)
+                    run = waiting.popleft()
+                    if not missing([run], folder, protocol, replace=True):  # another process made it meanwhile
+                        found += 1
+                        display.skipped()
+                        continue
+                    started = _start(run, folder, protocol, made_with)
                     active[started.child.connection] = started
                     display.began(started)
                 for ready in wait(list(active), timeout=POLL_SECONDS):
@@ -118,7 +142,7 @@ def make(
         finally:
             for unfinished in active.values():
                 unfinished.child.end(terminate=True)
-    return Outcome(len(queue) - failed, len(runs) - len(queue), failed)
+    return Outcome(len(queue) - failed - found, len(runs) - len(queue) + found, failed)
 
 
 def _start(run: Run, folder: Path, protocol: Protocol, made_with: dict[str, Any]) -> _Active:
@@ -140,13 +164,14 @@ def _hear(active: _Active) -> Ended | None:
 
 
 def _finish(active: _Active, ended: Ended, folder: Path) -> bool:
-    """Note a failure beside the place of the run's file, or remove the note of an earlier one."""
+    """Note a failure beside the place of the run's file, or remove the note of an earlier one, if that can be done."""
     active.child.end()
     note = store.failure_of(folder, active.run)
-    if ended.error:
-        write_atomically(note, ended.error.encode())
-    else:
-        note.unlink(missing_ok=True)
+    with suppress(OSError):
+        if ended.error:
+            write_atomically(note, ended.error.encode())
+        else:
+            note.unlink(missing_ok=True)
     return bool(ended.error)
 
 
@@ -250,6 +275,10 @@ class Display:
         :param active: a run that has been started
         """
         active.task = self._bar.add_task(f"  {escape(str(active.run))}", total=active.run.settings.n_timesteps, told="")
+
+    def skipped(self) -> None:
+        """A run that is there by now."""
+        self._done += 1
 
     def ended(self, active: _Active, ended: Ended) -> None:
         """

@@ -34,11 +34,17 @@ SHARED_ARGUMENTS = (
     *("normalize_advantage", "ent_coef", "vf_coef", "max_grad_norm", "target_kl"),
 )
 """Hyperparameters of PPOPlus that SB3's PPO has under the same name."""
+_TRANSLATED = (
+    *SHARED_ARGUMENTS,
+    *("policy_kwargs", "log_std_init", "ortho_init", "activation_fn", "adam_eps"),
+    *("normalize_observations", "normalize_rewards", "clip_observations", "clip_rewards"),
+)
 
 
 def same_settings(ours: RunSettings) -> RunSettings:
     """
-    PPOPlus's settings for SB3's PPO: what SB3 lacks is left out, normalisation becomes a ``VecNormalize``.
+    PPOPlus's settings for SB3's PPO: what SB3 lacks is left out and named in ``source``, normalisation becomes a
+    ``VecNormalize``.
 
     :param ours: of PPOPlus
     """
@@ -59,12 +65,13 @@ def same_settings(ours: RunSettings) -> RunSettings:
         "clip_reward": values["clip_rewards"],
     }
     shared = {name: values[name] for name in SHARED_ARGUMENTS}
+    lacking = [f"{name}={value}" for name, value in ours.hyperparameters.items() if name not in _TRANSLATED]
     return replace(
         ours,
         algo="sb3-ppo",
         policy="MlpPolicy",
         hyperparameters={**shared, "policy_kwargs": policy, "normalize": normalize},
-        source=f"{ours.source}, as far as SB3 has it",
+        source=f"{ours.source}, " + (f"without {', '.join(lacking)}" if lacking else "all of it"),
     )
 
 

@@ -8,6 +8,8 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -128,7 +130,7 @@ def read(path: Path) -> StoredRun | None:
     """
     try:
         data = json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError):  # ValueError: no JSON, or no text
+    except (OSError, EOFError, ValueError, zlib.error):  # ValueError: no JSON, or no text
         return None
     return StoredRun(data) if isinstance(data, dict) and data.get("format") == FORMAT else None
 
@@ -146,11 +148,14 @@ def read_all(store: Path, group: str) -> list[StoredRun]:
 
 def failures(store: Path) -> Iterator[tuple[Path, str]]:
     """
-    Runs that failed: file below the store, last line of the traceback.
+    Runs that failed and are not there: file below the store, last line of the traceback.
 
     :param store: the folder of all results
     """
     for path in sorted(store.glob(f"*/*/*/*{FAILED}")):
+        made = path.with_name(path.name.removesuffix(FAILED) + ENDING)
+        if made.exists() and made.stat().st_mtime > path.stat().st_mtime:  # by another process
+            continue
         lines = path.read_text(encoding="utf-8").strip().splitlines()
         yield path.relative_to(store), lines[-1] if lines else ""
 
@@ -198,19 +203,21 @@ _LEFT_OUT: dict[str, Any] = {**PLUMBING, **dict.fromkeys(("env_kwargs", "env_wra
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """
-    Settings that a stored run has otherwise. One that only one side knows is new since then, and no difference, unless
-    it is one that is left out where it has its default.
+    Settings that a stored run has otherwise. A hyperparameter that is new since then counts with its default, and one
+    that there is no more does not count. Of other libraries' algorithms a setting that is not said is ``None``.
 
     :param stored: of the file
     :param wanted: of the training that is asked for
     :return: ``"name: old → new"``
     """
-    wanted = json.loads(json.dumps(wanted))  # tuples become lists
+    is_ours = wanted.get("algo") in algorithm_names()
+    known = _LEFT_OUT | (algorithm_class(wanted["algo"]).hparams_class.defaults() if is_ours else {})
+    wanted, known = json.loads(json.dumps([wanted, known]))  # tuples become lists
     found = []
     for name in dict.fromkeys((*wanted, *stored)):
-        if not (name in stored and name in wanted) and name not in _LEFT_OUT:
+        if is_ours and name not in wanted and name not in known:
             continue
-        old, new = (side.get(name, _LEFT_OUT.get(name)) for side in (stored, wanted))
+        old, new = (side.get(name, known.get(name)) for side in (stored, wanted))
         if old != new:
             found.append(f"{name}: {old!r} → {new!r}")
     return found
@@ -254,8 +261,16 @@ def machine() -> str:
 
 def check_folder(store: Path) -> None:
     """
-    :param store: the folder of all results
-    :raises ConfigError: if it is a file
+    See to it that there is a folder to write to, before hours of training have nowhere to go.
+
+    :param store: the folder of all results; made if it is not there
+    :raises ConfigError: if it is a file, or nothing can be written there
     """
     if store.exists() and not store.is_dir():
         raise ConfigError(f"--store {store} is a file: give a folder")
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=store) as probe:
+            probe.write(bytes(100_000))
+    except OSError as error:
+        raise ConfigError(f"nothing can be written to --store {store}: {error.strerror}") from error

@@ -105,13 +105,18 @@ class Run:
 
 def _mujoco() -> Suite:
     main = tuple((variant, env) for env, variant in product(MUJOCO_TASKS, OURS))
-    per_task = tuple(
+    stages = (Stage(main, (0, 1, 2)), _references(), Stage(main, (3, 4)), Stage(per_task_cells(), (0, 1, 2)))
+    return Suite("mujoco", 1_000_000, stages)
+
+
+@cache
+def per_task_cells() -> tuple[Cell, ...]:
+    """The MuJoCo tasks for which zoo_configs has settings of their own."""
+    return tuple(
         (variant, env)
         for env, variant in product(MUJOCO_TASKS, PER_TASK_OURS)
         if not _same_settings(resolve_settings(algo=variant.algo, env=env), shared_settings(variant.algo))
     )
-    stages = (Stage(main, (0, 1, 2)), _references(), Stage(main, (3, 4)), Stage(per_task, (0, 1, 2)))
-    return Suite("mujoco", 1_000_000, stages)
 
 
 def _references() -> Stage:
