@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 
 
 def callbacks_in(callback: Any) -> Iterator[BaseCallback]:
@@ -20,6 +20,19 @@ def callbacks_in(callback: Any) -> Iterator[BaseCallback]:
         yield from callbacks_in(getattr(callback, "callbacks", None))  # of a CallbackList
         for name in ("callback", "callback_on_new_best", "callback_after_eval"):  # of an EventCallback
             yield from callbacks_in(getattr(callback, name, None))
+
+
+def is_known(callback: Any) -> bool:
+    """
+    Whether all callbacks of a training are SB3's and ours, which do not change the policy's modules in a rollout.
+
+    :param callback: what ``learn`` was given
+    """
+    packages = {__name__.partition(".")[0], "stable_baselines3"}
+    return all(
+        type(member).__module__.partition(".")[0] in packages and not isinstance(member, ConvertCallback)
+        for member in callbacks_in(callback)
+    )
 
 
 def tell_failure(callback: Any, error: BaseException) -> None:

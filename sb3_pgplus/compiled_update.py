@@ -320,4 +320,4 @@ def _unflat_batch(template: Any, tensors: Sequence[th.Tensor]) -> Any:
 
 def shapes(tensors: Sequence[th.Tensor]) -> tuple[Hashable, ...]:
     """What a compiled function assumes of its inputs."""
-    return tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+    return tuple([(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors])

@@ -13,6 +13,7 @@ from torch import nn
 from sb3_pgplus.buffers import split_observations
 from sb3_pgplus.core.mlp import Layer, mlp_backward, mlp_forward
 from sb3_pgplus.policies import NormalizesObservations, observation_normalizer
+from sb3_pgplus.tracing import has_global_hooks
 
 # Modules whose output depends on input and parameters alone: no dropout, no batch statistics, no noise.
 _DETERMINISTIC = {FlattenExtractor, NatureCNN, CombinedExtractor}
@@ -127,4 +128,4 @@ def _is_watched(policy: ActorCriticPolicy) -> bool:
     )
     replaced = any("forward" in m.__dict__ or "forward_critic" in m.__dict__ for m in modules)
     watched = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in policy.parameters())
-    return hooked or replaced or watched
+    return hooked or replaced or watched or has_global_hooks()

@@ -87,6 +87,11 @@ class Engine:
     #: Unit and what a loss depends on → which of the trained parameters it depends on.
     used: dict[Hashable, tuple[bool, ...]] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: compiled code stays in its process, and what is known of modules goes by their addresses."""
+        fresh = Engine(self.setting, self.announce, set(self._wanted), _reasons=dict(self._reasons))
+        return dict(fresh.__dict__)
+
     def plan(self, calls: Mapping[str, int]) -> None:
         """
         Choose what to compile.
@@ -255,7 +260,9 @@ class Engine:
         draws = noise_of(policy.action_space, len(flat[0]), flat[0].device)
         key = (known.number, shapes(flat))
         found = self.version(unit, key, lambda: _compile_policy_step(policy, known.tensors, observations, draws))
-        return eager if found is None else _PolicyStep(found, known.tensors.values, draws)
+        if found is None:
+            return eager
+        return _PolicyStep(found, policy, known.tensors.values, flat, draws, self._inspected["policy",][0])
 
     # --- products with the Fisher matrix ------------------------------------------------------------------------------
 
@@ -309,20 +316,44 @@ def _eager_step(policy: Any, observations: Any) -> Any:
 
 
 class _PolicyStep:
-    """A compiled policy step; the noise is drawn outside, from the same random stream as the policy's own."""
+    """
+    A compiled policy step; the noise is drawn outside, from the same random stream as the policy's own. Observations of
+    another type or layout than the first ones go to the policy itself.
+    """
 
-    def __init__(self, compiled: Compiled, tensors: list[th.Tensor], draws: list[Draw]) -> None:
-        self._compiled, self._tensors, self._draws = compiled, tensors, draws
+    def __init__(
+        self,
+        compiled: Compiled,
+        policy: Any,
+        tensors: list[th.Tensor],
+        example: list[th.Tensor],
+        draws: list[Draw],
+        state: Any,
+    ) -> None:
+        self._compiled, self._policy, self._tensors, self._draws = compiled, policy, tensors, draws
+        self._shapes, self._state = shapes(example), state
         self._noise: list[th.Tensor] = []
 
     def __call__(self, observations: Any) -> tuple[th.Tensor, ...]:
+        flat = flat_observations(observations)
+        if shapes(flat) != self._shapes:
+            result: tuple[th.Tensor, ...] = _eager_step(self._policy, observations)
+            return result
         self._compiled.n_calls += 1
         self._noise = [draw() for draw in self._draws]
-        return tuple(self._compiled.call([*self._tensors, *flat_observations(observations), *self._noise]))
+        return tuple(self._compiled.call([*self._tensors, *flat, *self._noise]))
 
     def values(self, observations: Any) -> th.Tensor:
         """V of as many observations as a step has, ``[N, 1]``; the noise of the last step serves, none is drawn."""
-        return self._compiled.call([*self._tensors, *flat_observations(observations), *self._noise])[1]
+        flat = flat_observations(observations)
+        if shapes(flat) != self._shapes or not self._noise:
+            values: th.Tensor = self._policy.predict_values(observations)
+            return values
+        return self._compiled.call([*self._tensors, *flat, *self._noise])[1]
+
+    def is_outdated(self) -> bool:
+        """Whether the policy's modules are no longer what they were when this was made."""
+        return bool(fingerprint([self._policy]) != self._state)
 
 
 def _compile_policy_step(policy: Any, tensors: Tensors, observations: Any, draws: list[Draw]) -> Compiled:

@@ -29,7 +29,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.buffers import RolloutEnd, TorchRolloutBuffer
 from sb3_pgplus.building import ModelBuilding, normalized_outside
-from sb3_pgplus.callback_tree import tell_failure, tell_return
+from sb3_pgplus.callback_tree import is_known, tell_failure, tell_return
 from sb3_pgplus.construction import PLUMBING, bind, signature_of
 from sb3_pgplus.engine import Engine
 from sb3_pgplus.errors import HyperparameterError, warn_user
@@ -368,9 +368,8 @@ class PolicyGradientPlus(
         callback.on_rollout_start()
         on_device = self._trains_on_tensors_of(env)
         to_environment = self._action_converter(on_device)
-        with th.no_grad():
-            policy_step = self._engine.policy_step(self.policy, self._observation_tensor())
-        self._value_function = getattr(policy_step, "values", self.policy.predict_values)
+        policy_step = self._policy_step()
+        watched = not is_known(callback)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -390,6 +389,8 @@ class PolicyGradientPlus(
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
+            if watched and getattr(policy_step, "is_outdated", bool)():  # what a callback changes takes effect at once
+                policy_step = self._policy_step()
 
             self._keep_episode_ends(n_steps, dones, infos)
             n_steps += 1
@@ -401,7 +402,15 @@ class PolicyGradientPlus(
         self._log_rollout(n_steps * env.num_envs, time.perf_counter() - started)
         callback.update_locals(locals())
         callback.on_rollout_end()
+        self._value_function = self.policy.predict_values  # of whatever the policy is by now
         return True
+
+    def _policy_step(self) -> Callable[[Any], Any]:
+        """The quickest function of a rollout's steps for the policy as it is now."""
+        with th.no_grad():
+            step = self._engine.policy_step(self.policy, self._observation_tensor())
+        self._value_function = getattr(step, "values", self.policy.predict_values)
+        return step
 
     def _trains_on_tensors_of(self, env: VecEnv) -> bool:
         """Whether the environments take and give tensors of the training device."""

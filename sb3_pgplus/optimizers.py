@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -227,7 +228,8 @@ class StepRule:
             return None
         index = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         like = {(p.device.type, p.dtype) for p in parameters}
-        if len(like) != 1 or not like <= _ON_CPU or not all(id(p) in index and p.is_contiguous() for p in parameters):
+        plain = all(id(p) in index and p.is_contiguous() for p in parameters)
+        if len(like) != 1 or not like <= _ON_CPU or not plain or _overlap(parameters):
             return None
         for parameter in parameters:
             if not optimizer.state.get(parameter):
@@ -293,6 +295,12 @@ class StepRule:
         rates = [numbers[group].to(dtype) for group in self._group_of]
         new = [p - rate * direction for p, rate, direction in zip(parameters, rates, directions, strict=True)]
         return [*new, counts + 1, *moments]
+
+
+def _overlap(tensors: Sequence[th.Tensor]) -> bool:
+    """Whether any of these contiguous tensors share memory: the optimiser then steps it more than once."""
+    places = sorted([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
+    return any([start + n > following for (start, n), (following, _) in pairwise(places)])
 
 
 def joined(owners: Sequence[dict[str, Any]], name: str) -> th.Tensor:

@@ -358,11 +358,15 @@ def set_training_mode(policy: BasePolicy, mode: bool) -> None:
     """
     modules = submodules(policy)
     stock = type(policy).set_training_mode is BasePolicy.set_training_mode
-    if not stock or any(type(module).train is not nn.Module.train for module in modules):
+    if not stock or any(type(module).train is not nn.Module.train or _is_scripted(module) for module in modules):
         policy.set_training_mode(mode)
         return
     for module in modules:  # past nn.Module.__setattr__, which looks for parameters in everything
         module.__dict__["training"] = mode
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    return isinstance(module, th.jit.ScriptModule)  # its mode is where Python's attributes are not
 
 
 def dummy_observations(space: spaces.Space[Any], device: th.device, batch_size: int = 2) -> PyTorchObs:

@@ -90,7 +90,7 @@ class RolloutProcessing(_Base):
             if self.bootstrap_truncated:
                 self._rollout_end.device_truncations.append(infos.truncated)
                 self._rollout_end.device_observations.append(infos.final_observations)
-        elif dones.any():  # only an episode's end brings either
+        elif dones.any() or any(["episode" in info for info in infos]):  # a wrapper may hide an end from us
             self._update_info_buffer(infos, dones)
             self._keep_final_observations(step, dones, infos)
 

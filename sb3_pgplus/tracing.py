@@ -7,6 +7,7 @@ known to depend on nothing but its tensors is traced, and :func:`fingerprint` sa
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch as th
@@ -39,6 +40,17 @@ _DISTRIBUTIONS = {
     MultiCategoricalDistribution,
     BernoulliDistribution,
 }
+#: Methods that a trace of a policy runs through, as they are when this module is imported.
+_METHODS = {
+    (kind, name): getattr(kind, name)
+    for kinds, names in (
+        (_POLICIES, ("evaluate_actions", "get_distribution", "predict_values", "extract_features", "forward")),
+        (_LAYERS, ("forward",)),
+        (_DISTRIBUTIONS, ("proba_distribution", "log_prob", "entropy", "sample", "mode")),
+    )
+    for kind in kinds
+    for name in names
+}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 #: A layer's bias apart from its product: it then goes into the same loop as the activation.
@@ -56,7 +68,7 @@ def check_policy(policy: nn.Module) -> None:
     :param policy: any
     :raises UntraceableError: saying what stands in the way
     """
-    if _has_global_hooks():
+    if has_global_hooks():
         raise UntraceableError("there are hooks on all modules")
     policy_class = policy.policy_class if isinstance(policy, NormalizesObservations) else type(policy)
     if policy_class not in _POLICIES:
@@ -65,25 +77,38 @@ def check_policy(policy: nn.Module) -> None:
         raise UntraceableError("state-dependent exploration draws noise inside the policy")
     if type(policy.action_dist) not in _DISTRIBUTIONS:
         raise UntraceableError(f"{type(policy.action_dist).__name__} is not one of the known action distributions")
+    if _is_patched():
+        raise UntraceableError("a method of a class that it is made of was replaced")
+    _check_methods("the action distribution", policy.action_dist)
     for name, module in policy.named_modules():
         if module is not policy and type(module) not in _LAYERS:
             raise UntraceableError(f"{name} is a {type(module).__name__}, which is not on the list of known layers")
         _check_unwatched(name or "the policy", module)
 
 
-def _has_global_hooks() -> bool:
+def has_global_hooks() -> bool:
     """Whether somebody registered hooks for all modules there are."""
     hooks = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
     return any((*hooks, module_hooks._global_backward_hooks, module_hooks._global_backward_pre_hooks))
+
+
+def _is_patched() -> bool:
+    """Whether somebody replaced a method of a class that a trace runs through."""
+    return any([getattr(kind, name) is not method for (kind, name), method in _METHODS.items()])
+
+
+def _check_methods(name: str, owner: object) -> None:
+    """Refuse methods that somebody replaced on the object."""
+    for attribute, value in owner.__dict__.items():
+        if callable(value) and not isinstance(value, type) and callable(getattr(type(owner), attribute, None)):
+            raise UntraceableError(f"{name}.{attribute} was replaced")
 
 
 def _check_unwatched(name: str, module: nn.Module) -> None:
     """Refuse hooks and methods that somebody replaced on the object."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
         raise UntraceableError(f"{name} has hooks")
-    for attribute, value in module.__dict__.items():
-        if callable(value) and not isinstance(value, type) and callable(getattr(type(module), attribute, None)):
-            raise UntraceableError(f"{name}.{attribute} was replaced")
+    _check_methods(name, module)
     for parameter in module.parameters(recurse=False):
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise UntraceableError(f"a parameter of {name} has hooks")
@@ -100,10 +125,15 @@ def foreign_method(owner: object, names: Iterable[str], package: str) -> str | N
     """
     for name in names:
         method = owner.__dict__.get(name) or getattr(type(owner), name, None)
-        home = getattr(method, "__module__", "") or ""
-        if method is not None and home.partition(".")[0] != package:
+        if method is not None and not _is_of(getattr(method, "__func__", method), package):
             return f"{type(owner).__name__}.{name} is overridden"
     return None
+
+
+def _is_of(function: object, package: str) -> bool:
+    """By where its code is: a wrapper calls itself what it wraps."""
+    home = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else ""
+    return str(home).partition(".")[0] == package
 
 
 def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
@@ -115,19 +145,28 @@ def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[in
     :return: everything plain that the trace bakes in (types, modes, numbers, what is frozen, shapes, devices), and the
         identities of the tensors
     """
-    plain: list[Any] = [_has_global_hooks()]
+    plain: list[Any] = [has_global_hooks(), _is_patched()]
     identities: list[int] = []
+    first: dict[int, int] = {}  # which tensors are the same
     for module in submodules(*modules):
         attributes = module.__dict__
         # Their number, because a method may be replaced by an attribute.
         plain += (type(module), len(attributes), any([attributes[hooks] for hooks in _HOOKS]))
-        plain += [value for value in attributes.values() if type(value) in _PLAIN]
+        plain += [value for value in attributes.values() if type(value) in _PLAIN or _is_plain_tuple(value)]
+        if "action_dist" in attributes:
+            distribution = attributes["action_dist"]
+            plain += (id(distribution), len(vars(distribution)))
         for tensor in (*attributes["_parameters"].values(), *attributes["_buffers"].values()):
             if tensor is not None:
-                plain += (tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device)
+                plain += (tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+                plain.append(first.setdefault(id(tensor), len(first)))
                 plain += (tensor._backward_hooks is None, tensor._post_accumulate_grad_hooks is None)
                 identities.append(id(tensor))
     return tuple(plain), tuple(identities)
+
+
+def _is_plain_tuple(value: object) -> bool:
+    return type(value) is tuple and all([type(entry) in _PLAIN for entry in value])
 
 
 class _Parts(nn.Module):

@@ -1,15 +1,19 @@
 """The engine: compiled updates and policy steps equal the eager ones, and what cannot be compiled safely is not."""
 
+import functools
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
@@ -18,6 +22,7 @@ from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus
 from sb3_pgplus.compiled_update import clip_by_norm
 from sb3_pgplus.core import losses
 from sb3_pgplus.engine import COSTS, Engine
+from sb3_pgplus.policies import set_training_mode
 from sb3_pgplus.sampling import noise_of
 from sb3_pgplus.tracing import Compiled, Tensors, UntraceableError, check_policy, compile_function, fingerprint
 
@@ -591,3 +596,126 @@ def test_stock_policies_pass_the_check() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_policy(PPOPlus("MlpPolicy", "CartPole-v1", device="cpu").policy)
+
+
+# --- changes behind the engine's back ---------------------------------------------------------------------------------
+
+
+def step_of(model: Any) -> Any:
+    """The compiled policy step for the policy as it is now."""
+    model.policy.set_training_mode(False)
+    return model._engine.policy_step(model.policy, th.zeros(2, 3))
+
+
+def assert_values_agree(model: Any, observations: th.Tensor) -> None:
+    th.testing.assert_close(step_of(model)(observations)[1], model.policy.predict_values(observations))
+
+
+def test_tied_or_transposed_parameters_are_another_version_of_the_policy_step() -> None:
+    kwargs = {**PPO, "policy_kwargs": {"net_arch": {"pi": [3, 3], "vf": [3, 3]}}}
+    model = trained(PPOPlus, "Pendulum-v1", ITERATION, compile=True, **kwargs)
+    observations, policy = th.randn(2, 3), model.policy
+    weight = policy.mlp_extractor.value_net[2].weight
+    weight.data = weight.data.t()  # the same object and shape, another layout
+    assert_values_agree(model, observations)
+    policy.mlp_extractor.value_net[0].weight = policy.mlp_extractor.policy_net[0].weight
+    assert_values_agree(model, observations)
+
+
+def test_observations_of_another_type_or_layout_than_the_first_are_taken_as_they_are() -> None:
+    model = trained(PPOPlus, "Pendulum-v1", ITERATION, compile=True, **PPO)
+    step, observations = step_of(model), th.randn(2, 3)
+    expected = model.policy.predict_values(observations)
+    for changed in (observations.double(), observations.t().contiguous().t()):
+        th.testing.assert_close(step(changed)[1], expected)
+        th.testing.assert_close(step.values(changed), expected)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_what_a_callback_changes_in_a_rollout_takes_effect_at_the_next_step(compile: bool) -> None:
+    class Hook(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 10:
+                self.model.policy.value_net.register_forward_hook(lambda module, inputs, output: output * 0 + 7)
+            return True
+
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", compile=compile, normalize_observations=False, **PPO)
+    model.learn(ITERATION, callback=Hook())
+    values = model.rollout_buffer.values
+    assert (values[10:] == 7).all() and not (values[:10] == 7).any()
+
+
+def test_a_method_wrapped_from_outside_is_foreign_whatever_it_calls_itself() -> None:
+    def scaled(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.scale * function(self, *args, **kwargs)
+
+        return wrapper
+
+    class Scaled(PPOPlus):
+        scale = 1.0
+        policy_loss = scaled(PPOPlus.policy_loss)
+
+    assert Scaled.policy_loss.__module__ == "sb3_pgplus.ppo"
+    model = Scaled("MlpPolicy", "Pendulum-v1", compile=True, **PPO)
+    model.scale = 0.0
+    model.learn(ITERATION)
+    assert "Scaled.policy_loss is overridden" in model.engine_report()
+    assert model.logger.name_to_value["train/policy_gradient_loss"] == 0
+
+
+def test_parameters_that_share_memory_are_stepped_one_after_the_other() -> None:
+    def tied(compile: bool) -> th.Tensor:
+        model = PPOPlus("MlpPolicy", "Pendulum-v1", compile=compile, **PPO)
+        extractor = model.policy.mlp_extractor
+        extractor.value_net[0].weight.data = extractor.policy_net[0].weight.data
+        return parameters_of(model.learn(ITERATION))
+
+    th.testing.assert_close(tied(True), tied(False), rtol=1e-5, atol=1e-5)
+
+
+def test_methods_replaced_on_the_distribution_or_on_a_class_stand_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO).policy
+    before = fingerprint([policy])
+    policy.action_dist.log_prob = lambda actions: actions.sum(-1)
+    assert fingerprint([policy]) != before
+    with pytest.raises(UntraceableError, match=r"the action distribution.log_prob was replaced"):
+        check_policy(policy)
+    del policy.action_dist.log_prob
+    assert fingerprint([policy]) == before
+    check_policy(policy)
+    original = ActorCriticPolicy.evaluate_actions
+    monkeypatch.setattr(ActorCriticPolicy, "evaluate_actions", lambda *args: original(*args))
+    assert fingerprint([policy]) != before
+    with pytest.raises(UntraceableError, match="a method of a class that it is made of was replaced"):
+        check_policy(policy)
+
+
+def test_a_model_with_compiled_functions_can_be_pickled() -> None:
+    model = trained(PPOPlus, "Pendulum-v1", ITERATION, compile=True, **PPO)
+    assert "update: compiled" in model.engine_report()
+    copied = pickle.loads(cloudpickle.dumps(model))
+    observations = np.zeros((2, 3), dtype=np.float32)
+    np.testing.assert_array_equal(
+        copied.predict(observations, deterministic=True)[0], model.predict(observations, deterministic=True)[0]
+    )
+    copied.learn(ITERATION)
+    assert "update: compiled" in copied.engine_report()
+
+
+def test_dropout_in_a_scripted_module_is_off_in_rollouts_and_on_in_updates() -> None:
+    class Extractor(BaseFeaturesExtractor):
+        def __init__(self, space: Any) -> None:
+            super().__init__(space, 8)
+            self.net = th.jit.script(nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5)))
+
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            return self.net(observations)
+
+    policy = PPOPlus("MlpPolicy", "Pendulum-v1", policy_kwargs={"features_extractor_class": Extractor}, **PPO).policy
+    observations = th.ones(2, 3)
+    for mode in (True, False, True):
+        set_training_mode(policy, mode)
+        first, second = (policy.features_extractor.net(observations) for _ in range(2))
+        assert th.equal(first, second) != mode

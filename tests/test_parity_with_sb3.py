@@ -379,3 +379,27 @@ def test_environments_that_the_constructor_makes_are_sb3s_whatever_runs_them(env
     assert all(th.equal(a, b) for a, b in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True))
     returns = [[episode["r"] for episode in model.ep_info_buffer or ()] for model in (ours, theirs)]
     assert returns[0] == returns[1] and returns[0]
+
+
+class Trials(gym.Wrapper):  # type: ignore[type-arg]
+    """Several episodes of what is inside are one outside; a Monitor inside counts each of them."""
+
+    ended = 0
+
+    def step(self, action: Any) -> Any:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            self.ended += 1
+            if self.ended % 5:
+                return self.env.reset()[0], reward, False, False, info
+        return observation, reward, terminated, truncated, info
+
+
+def test_episodes_that_a_wrapper_hides_are_counted_as_sb3_counts_them() -> None:
+    settings: dict[str, Any] = {"n_steps": 256, "batch_size": 64, "n_epochs": 1, "seed": 4, "device": "cpu"}
+    counts = []
+    for algorithm, preset in ((PPO, {}), (PPOPlus, presets.SB3_PPO)):
+        env = make_vec_env("CartPole-v1", 1, seed=0, wrapper_class=Trials)
+        model: Any = algorithm("MlpPolicy", env, **{**preset, **settings}).learn(512)
+        counts.append(len(model.ep_info_buffer))
+    assert counts[0] == counts[1] > 10

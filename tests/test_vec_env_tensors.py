@@ -313,3 +313,19 @@ def test_algorithms_train_on_jax_environments(cls: Any) -> None:
 def test_jax_refuses_numbers_below_one(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(bad))}` must be at least 1, got 0"):
         countdown(**bad)
+
+
+@pytest.mark.parametrize("dtype", [th.uint8, th.int64, th.float32])
+def test_ends_may_be_of_any_type(dtype: th.dtype) -> None:
+    class Bytes(Walk):
+        def step_tensors(self, actions: th.Tensor) -> TensorStep:
+            step = super().step_tensors(actions)
+            return step._replace(terminated=step.terminated.to(dtype), truncated=step.truncated.to(dtype))
+
+    expected, found = Walk(), Bytes()
+    for env in (expected, found):
+        env.reset()
+    for _ in range(11):
+        one, other = (env.step(th.full((N, 1), 0.3)) for env in (expected, found))
+        assert th.equal(one[2], other[2]) and other[2].dtype == th.bool
+        assert th.equal(one[3].returns, other[3].returns) and th.equal(one[3].lengths, other[3].lengths)

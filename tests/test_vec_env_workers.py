@@ -422,3 +422,33 @@ def test_make_vec_env_and_evaluate_policy_work_with_it(recwarn):
     assert rewards == [float(length) for length in lengths]
     assert not [w for w in recwarn if "Monitor" in str(w.message)]
     env.close()
+
+
+class Simulator(Breaks):
+    """Has a process of its own, which only ``close`` ends."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.process = subprocess.Popen(["sleep", "1000"])
+
+    def process_id(self) -> int:
+        return self.process.pid
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.mark.parametrize("how", ["", "hang", "kill", "exit"])
+def test_no_process_that_an_environment_started_outlives_its_worker(how, build):
+    env = build([lambda: Simulator(how)], timeout=HANGS if how == "hang" else 120)
+    env.reset()
+    started = env.env_method("process_id")
+    assert all(map(is_running, started))
+    if how:
+        with pytest.raises(WorkerError):
+            for _ in range(5):
+                env.step(np.zeros((1, *env.action_space.shape)))
+    else:
+        env.close()
+    wait_until_gone(started)

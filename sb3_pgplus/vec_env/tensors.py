@@ -109,6 +109,8 @@ class TensorVecEnv(VecEnv):
         step = self.step_tensors(th.as_tensor(actions, device=self.device))
         if self.reuses_memory:
             step = TensorStep(*(map_observations(part, th.clone) for part in step))
+        # Some simulators have bytes or integers here, of which ~ makes something else.
+        step = step._replace(terminated=step.terminated.bool(), truncated=step.truncated.bool())
         dones = step.terminated | step.truncated
         self._returns += step.rewards
         self._lengths += 1

@@ -285,6 +285,8 @@ def run_worker(pipe: Connection, env_fns: Sequence[bytes], first: int, progress:
     # what becomes of this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)  # what environments start belongs to it, see kill_group
     threading.Thread(target=_end_with_parent, daemon=True).start()
     worker = Worker(pipe, env_fns, first, progress, full_infos)
     try:
@@ -304,7 +306,19 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     time.sleep(_SECONDS_TO_CLOSE)  # an idle worker sees the closed pipe and closes its environments
+    kill_group(os.getpid())
     os._exit(1)
+
+
+def kill_group(pid: int | None) -> None:
+    """
+    End the processes that a worker's environments have started and not ended, and the worker if it is still there.
+
+    :param pid: of the worker, which leads a group of its own where the system has such
+    """
+    if pid is not None and hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def _packed(error: BaseException) -> bytes | None:

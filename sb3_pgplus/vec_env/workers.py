@@ -42,6 +42,7 @@ from sb3_pgplus.vec_env.worker_process import (
     Failure,
     action_array,
     array_specs,
+    kill_group,
     pack,
     run_worker,
     unpack,
@@ -376,7 +377,8 @@ class WorkersVecEnv(VecEnv):
     def _hang_of(self, worker: int) -> WorkerError:
         process = self._processes[worker]
         env = self._progress[worker][1]
-        process.kill()  # it would not listen to a request to close
+        kill_group(process.pid)  # it would not listen to a request to close
+        process.kill()
         self.close()
         who = self._name(worker, env)
         return WorkerError(f"{who} did not finish {self._request} within {self.timeout:g} s (`timeout`), and was ended")
@@ -421,6 +423,8 @@ def _stop(owner: int, pipes: Sequence[Connection], processes: Sequence[BaseProce
             process.join(max(0.0, deadline - time.monotonic()))
     finally:
         for process in processes:
+            if process.exitcode != 0:  # also what a worker that crashed has left
+                kill_group(process.pid)
             process.kill()
             process.join()
 
