@@ -18,7 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus
+from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, updates
 from sb3_pgplus.compiled_update import clip_by_norm
 from sb3_pgplus.core import losses
 from sb3_pgplus.engine import COSTS, Engine
@@ -433,6 +433,13 @@ def test_a_class_that_somebody_patched_after_compiling_is_found_out(monkeypatch:
         return 2 * values, log_prob, entropy
 
     monkeypatch.setattr(ActorCriticPolicy, "evaluate_actions", doubled)
+    model.learn(ITERATION, reset_num_timesteps=False)
+    assert "update: eager, a method of a class that it is made of was replaced" in model.engine_report()
+
+
+def test_a_function_that_somebody_replaced_after_compiling_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True).learn(ITERATION)
+    monkeypatch.setattr(updates, "normalize", lambda advantages: 2 * advantages)  # nothing looks for that
     with pytest.warns(UserWarning, match="its compiled result differed from the eager one"):
         model.learn(2 * ITERATION, reset_num_timesteps=False)  # calls 5 to 12; call 8 is compared
     assert "update: eager, its compiled result differed" in model.engine_report()
