@@ -10,7 +10,7 @@ from sb3_pgplus.benchmarking import figures, store
 from sb3_pgplus.benchmarking.results import Results
 from sb3_pgplus.benchmarking.stock import SHARED_ARGUMENTS
 from sb3_pgplus.benchmarking.suites import OURS
-from sb3_pgplus.benchmarking.tables import sections
+from sb3_pgplus.benchmarking.tables import list_item, sections
 from sb3_pgplus.configs import ConfigError
 from sb3_pgplus.files import write_atomically
 
@@ -100,21 +100,10 @@ def _notes(results: Results) -> str:
         lines.append(f"SB3's PPO was trained with earlier settings of ours on {', '.join(unlike)}.")
     sources = {str(run.data["source"]) for run in runs if run.variant == "sb3-ppo-same"}
     lines += [f"SB3 PPO, same settings: {source}." for source in sorted(sources)]
-    return "\n".join(part for line in lines for part in _wrapped(line)) + "\n"
+    return "\n".join(part for line in lines for part in list_item(line)) + "\n"
 
 
 def _short(code: Mapping[str, str]) -> str:
     """The commit's first characters, and whether there were changes; without one the digest of the source."""
     commit, _, changes = code.get("commit", f"digest {code.get('digest', 'unknown')}").partition(" with")
     return (commit[:10] if "commit" in code else commit) + (f" with{changes}" if changes else "")
-
-
-def _wrapped(line: str, width: int = 120) -> list[str]:
-    """A list item whose lines fit the page."""
-    parts, current = [], "*"
-    for word in line.split():
-        if len(current) + len(word) + 1 > width:
-            parts.append(current)
-            current = " "
-        current += f" {word}"
-    return [*parts, current]

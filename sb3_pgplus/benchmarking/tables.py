@@ -56,6 +56,22 @@ def number(value: float) -> str:
     return "0.0" if text == "-0.0" else text.replace("-", "−")
 
 
+def list_item(text: str, width: int = 120) -> list[str]:
+    """
+    An item of a Markdown list, in lines that fit the page.
+
+    :param text: one paragraph
+    :param width: most characters of a line
+    """
+    lines, current = [], "*"
+    for word in text.split():
+        if len(current) + len(word) + 1 > width:
+            lines.append(current)
+            current = " "
+        current += f" {word}"
+    return [*lines, current]
+
+
 def cell(summary: Summary | None) -> str:
     """
     IQM, interval and number of seeds.
@@ -139,9 +155,8 @@ def targets(results: Results, variants: Sequence[Variant], tasks: Sequence[str])
         above = [env for env, summary in trained.items() if summary.value >= figures[env][0]]
         if trained:
             names = f": {', '.join(above)}" if above else ""
-            lines.append(
-                f"* {variant.label}: {len(above)} of {len(tasks)} tasks, {len(trained)} of them trained{names}."
-            )
+            text = f"{variant.label}: {len(above)} of {len(tasks)} tasks, {len(trained)} of them trained{names}."
+            lines += list_item(text)
     return "\n".join(lines) + "\n"
 
 
