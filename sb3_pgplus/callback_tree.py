@@ -30,7 +30,9 @@ def is_known(callback: Any) -> bool:
     """
     packages = {__name__.partition(".")[0], "stable_baselines3"}
     return all(
-        type(member).__module__.partition(".")[0] in packages and not isinstance(member, ConvertCallback)
+        type(member).__module__.partition(".")[0] in packages
+        # SB3 wraps functions in one of these, and None, too.
+        and not (isinstance(member, ConvertCallback) and member.callback is not None)
         for member in callbacks_in(callback)
     )
 

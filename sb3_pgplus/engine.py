@@ -32,6 +32,7 @@ from sb3_pgplus.sampling import Draw, noise_of, sample
 from sb3_pgplus.tracing import (
     Compiled,
     Known,
+    Snapshot,
     Tensors,
     UntraceableError,
     check_policy,
@@ -83,7 +84,7 @@ class Engine:
     #: Everything plain of modules → its number, which is quicker to look up.
     _numbers: dict[Hashable, int] = field(default_factory=dict)
     #: Names of modules → what was found last.
-    _inspected: dict[tuple[str, ...], tuple[Any, Known]] = field(default_factory=dict)
+    _inspected: dict[tuple[str, ...], tuple[Snapshot, Known]] = field(default_factory=dict)
     #: Unit and what a loss depends on → which of the trained parameters it depends on.
     used: dict[Hashable, tuple[bool, ...]] = field(default_factory=dict)
 
@@ -164,10 +165,10 @@ class Engine:
 
     def _inspect(self, modules: dict[str, nn.Module]) -> Known:
         """What is known about some modules, the policy among them, in the state in which they are now."""
-        fingerprints, names = fingerprint(modules.values()), tuple(modules)
-        last, known = self._inspected.get(names, (None, None))
-        if known is not None and last == fingerprints:  # nearly always, and much quicker than a look into a dict
-            return known
+        names = tuple(modules)
+        if names in self._inspected and self._inspected[names][0].still_holds():  # nearly always, and quick to see
+            return self._inspected[names][1]
+        fingerprints = fingerprint(modules.values())
         if fingerprints not in self._known:
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
@@ -179,7 +180,7 @@ class Engine:
             # Those that are refused are never looked up by it.
             number = 0 if refusal else self._numbers.setdefault(fingerprints[0], 1 + len(self._numbers))
             self._known[fingerprints] = Known(number, Tensors(modules), refusal)
-        self._inspected[names] = fingerprints, self._known[fingerprints]
+        self._inspected[names] = Snapshot(modules.values()), self._known[fingerprints]
         return self._known[fingerprints]
 
     def version(self, unit: str, key: Hashable, build: Callable[[], Compiled]) -> Compiled | None:
@@ -328,10 +329,10 @@ class _PolicyStep:
         tensors: list[th.Tensor],
         example: list[th.Tensor],
         draws: list[Draw],
-        state: Any,
+        snapshot: Snapshot,
     ) -> None:
         self._compiled, self._policy, self._tensors, self._draws = compiled, policy, tensors, draws
-        self._shapes, self._state = shapes(example), state
+        self._shapes, self._snapshot = shapes(example), snapshot
         self._noise: list[th.Tensor] = []
 
     def __call__(self, observations: Any) -> tuple[th.Tensor, ...]:
@@ -353,7 +354,7 @@ class _PolicyStep:
 
     def is_outdated(self) -> bool:
         """Whether the policy's modules are no longer what they were when this was made."""
-        return bool(fingerprint([self._policy]) != self._state)
+        return not self._snapshot.still_holds()
 
 
 def _compile_policy_step(policy: Any, tensors: Tensors, observations: Any, draws: list[Draw]) -> Compiled:

@@ -7,6 +7,8 @@ known to depend on nothing but its tensors is traced, and :func:`fingerprint` sa
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import is_
 from types import FunctionType
 from typing import Any
 
@@ -51,6 +53,7 @@ _METHODS = {
     for kind in kinds
     for name in names
 }
+_OWNERS, _NAMES = zip(*_METHODS, strict=True)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 #: A layer's bias apart from its product: it then goes into the same loop as the activation.
@@ -94,7 +97,7 @@ def has_global_hooks() -> bool:
 
 def _is_patched() -> bool:
     """Whether somebody replaced a method of a class that a trace runs through."""
-    return any([getattr(kind, name) is not method for (kind, name), method in _METHODS.items()])
+    return not all(map(is_, map(getattr, _OWNERS, _NAMES), _METHODS.values()))
 
 
 def _check_methods(name: str, owner: object) -> None:
@@ -138,8 +141,7 @@ def _is_of(function: object, package: str) -> bool:
 
 def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """
-    What a trace of these modules depends on besides the values of their tensors. It is taken before every update, so
-    it is written for speed.
+    What a trace of these modules depends on besides the values of their tensors.
 
     :param modules: the traced modules
     :return: everything plain that the trace bakes in (types, modes, numbers, what is frozen, shapes, devices), and the
@@ -152,21 +154,62 @@ def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[in
         attributes = module.__dict__
         # Their number, because a method may be replaced by an attribute.
         plain += (type(module), len(attributes), any([attributes[hooks] for hooks in _HOOKS]))
-        plain += [value for value in attributes.values() if type(value) in _PLAIN or _is_plain_tuple(value)]
+        plain += [v for v in attributes.values() if type(v) in _PLAIN or (type(v) is tuple and _is_plain_tuple(v))]
         if "action_dist" in attributes:
             distribution = attributes["action_dist"]
             plain += (id(distribution), len(vars(distribution)))
         for tensor in (*attributes["_parameters"].values(), *attributes["_buffers"].values()):
             if tensor is not None:
-                plain += (tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-                plain.append(first.setdefault(id(tensor), len(first)))
-                plain += (tensor._backward_hooks is None, tensor._post_accumulate_grad_hooks is None)
+                plain += (*_layout(tensor), first.setdefault(id(tensor), len(first)))
                 identities.append(id(tensor))
     return tuple(plain), tuple(identities)
 
 
-def _is_plain_tuple(value: object) -> bool:
-    return type(value) is tuple and all([type(entry) in _PLAIN for entry in value])
+def _layout(tensor: Any) -> tuple[Any, ...]:
+    """What can change of a tensor without its becoming another one."""
+    hooks = not tensor._backward_hooks, not tensor._post_accumulate_grad_hooks
+    return (tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, *hooks)
+
+
+def _is_plain_tuple(value: tuple[Any, ...]) -> bool:
+    return all([type(entry) in _PLAIN for entry in value])
+
+
+class Snapshot:
+    """
+    Modules as they are now, for a quick look whether they still are: at every update, and at every step of a rollout
+    where a callback may change something. What differs here may still have the same :func:`fingerprint`.
+
+    :param modules: the traced modules
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = submodules(*modules)
+        attributes = [module.__dict__ for module in self._modules]
+        members = [entries[name] for entries in attributes for name in ("_parameters", "_buffers", "_modules")]
+        distributions = [vars(entries["action_dist"]) for entries in attributes if "action_dist" in entries]
+        #: Everything that is looked up by name, and what was found there. Holding that keeps its identity from reuse.
+        self._tables: list[dict[str, Any]] = [*attributes, *members]
+        self._entries = self._found()
+        #: Distributions get new parameters in every forward pass, and a new entry only where something is replaced.
+        self._sized = [*self._tables, *distributions]
+        self._sizes = [*map(len, self._sized)]
+        self._tensors = [x for table in members for x in table.values() if isinstance(x, th.Tensor)]
+        self._hooks = [entries[hooks] for entries in attributes for hooks in _HOOKS]
+        self._plain = self._changing()
+
+    def still_holds(self) -> bool:
+        """Whether nothing has been replaced, added or taken away since."""
+        is_same = [*map(len, self._sized)] == self._sizes and all(map(is_, self._found(), self._entries))
+        return is_same and self._changing() == self._plain
+
+    def _found(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self._tables))]
+
+    def _changing(self) -> tuple[Any, ...]:
+        """What can change in place."""
+        layouts, types = [*map(_layout, self._tensors)], [*map(type, self._modules)]
+        return layouts, types, any(self._hooks), has_global_hooks(), _is_patched()
 
 
 class _Parts(nn.Module):

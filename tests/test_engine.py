@@ -24,7 +24,15 @@ from sb3_pgplus.core import losses
 from sb3_pgplus.engine import COSTS, Engine
 from sb3_pgplus.policies import set_training_mode
 from sb3_pgplus.sampling import noise_of
-from sb3_pgplus.tracing import Compiled, Tensors, UntraceableError, check_policy, compile_function, fingerprint
+from sb3_pgplus.tracing import (
+    Compiled,
+    Snapshot,
+    Tensors,
+    UntraceableError,
+    check_policy,
+    compile_function,
+    fingerprint,
+)
 
 SMALL = {"n_steps": 32, "n_envs": 2, "seed": 3, "device": "cpu"}
 PPO = {**SMALL, "batch_size": 32, "n_epochs": 2}
@@ -650,6 +658,70 @@ def test_what_a_callback_changes_in_a_rollout_takes_effect_at_the_next_step(comp
     model.learn(ITERATION, callback=Hook())
     values = model.rollout_buffer.values
     assert (values[10:] == 7).all() and not (values[:10] == 7).any()
+
+
+@pytest.mark.parametrize(
+    ("callback", "looks_per_rollout"), [(None, 0), (lambda locals_, globals_: True, PPO["n_steps"])]
+)
+def test_steps_of_a_rollout_look_at_the_policy_only_where_a_callback_may_change_it(
+    monkeypatch: pytest.MonkeyPatch, callback: Any, looks_per_rollout: int
+) -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", compile=True, **PPO)
+    model.learn(ITERATION)
+    n_looks = 0
+
+    def counting(snapshot: Snapshot) -> bool:
+        nonlocal n_looks
+        n_looks += 1
+        return still_holds(snapshot)
+
+    still_holds = Snapshot.still_holds
+    monkeypatch.setattr(Snapshot, "still_holds", counting)
+    model.learn(ITERATION, callback=callback)
+    # Once for the compiled step, and once each for the loss with and without the critic's part.
+    assert n_looks == 3 + looks_per_rollout
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "mode": lambda net: net.train(not net.training),
+    "number": lambda net: setattr(net[0], "in_features", 99),
+    "attribute": lambda net: setattr(net[0], "forward", lambda x: x),
+    "layer": lambda net: net.__setitem__(1, nn.ReLU()),
+    "type": lambda net: setattr(net[1], "__class__", nn.ReLU),
+    "parameter": lambda net: setattr(net[0], "weight", nn.Parameter(net[0].weight.detach())),
+    "tied parameters": lambda net: setattr(net[2], "bias", net[0].bias),
+    "frozen": lambda net: net[0].weight.requires_grad_(False),
+    "layout": lambda net: setattr(net[2].weight, "data", net[2].weight.data.T.contiguous().T),
+    "precision": lambda net: net.double(),
+    "hook": lambda net: net[0].register_forward_hook(lambda module, inputs, output: None),
+    "hook on a parameter": lambda net: net[0].weight.register_hook(lambda gradient: gradient * 2),
+    "buffer": lambda net: net[0].register_buffer("scale", th.ones(1)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_snapshot_of_modules_sees_a_change_and_not_an_optimizers_step(name: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    snapshot, before = Snapshot([net]), fingerprint([net])
+    optimizer = th.optim.Adam(net.parameters())
+    net(th.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert snapshot.still_holds()
+    CHANGES[name](net)
+    assert not snapshot.still_holds() and fingerprint([net]) != before
+
+
+def test_a_hook_that_comes_back_to_a_parameter_is_called_again() -> None:
+    def gradient(weight: th.Tensor, compile: bool) -> th.Tensor:
+        model = PPOPlus("MlpPolicy", "Pendulum-v1", compile=compile, **PPO)
+        model.policy.value_net.bias.register_hook(lambda gradient: gradient).remove()
+        model.learn(ITERATION)
+        model.policy.value_net.bias.register_hook(lambda gradient: gradient * weight)
+        model.learn(ITERATION)
+        return model.policy.value_net.bias.detach()
+
+    th.testing.assert_close(gradient(th.tensor(0.0), True), gradient(th.tensor(0.0), False))
+    assert not th.equal(gradient(th.tensor(0.0), True), gradient(th.tensor(1.0), True))
 
 
 def test_a_method_wrapped_from_outside_is_foreign_whatever_it_calls_itself() -> None:
