@@ -37,6 +37,7 @@ from sb3_pgplus.tracing import (
     UntraceableError,
     check_policy,
     compile_function,
+    compile_in_two,
     fingerprint,
     foreign_method,
 )
@@ -385,8 +386,11 @@ class _FisherProduct:
     def __init__(
         self, compiled: Compiled, inputs: list[th.Tensor], eager: Callable[[], MatVec], on_drift: Callable[[], None]
     ) -> None:
-        self._compiled, self._inputs, self._make_eager, self._on_drift = compiled, inputs, eager, on_drift
+        assert compiled.prepare is not None
+        self._compiled, self._make_eager, self._on_drift = compiled, eager, on_drift
         self._eager: MatVec | None = None
+        with th.no_grad():
+            self._inputs = compiled.prepare(inputs)
 
     def __call__(self, v: th.Tensor) -> th.Tensor:
         if self._eager is not None:
@@ -416,6 +420,7 @@ def _compile_fisher_product(policy: Any, tensors: Tensors, observations: Any, po
     n_entries = sum(tensors.values[i].numel() for i in positions)
     example = [*tensors.values, *flat_observations(observations), tensors.values[positions[0]].new_ones(n_entries)]
     with without_distribution_checks():
-        return Compiled(
-            compile_function(function, [x.detach().requires_grad_(i in positions) for i, x in enumerate(example)])
-        )
+        # Conjugate gradient takes many products at the same parameters: their forward pass is that of all.
+        examples = [x.detach().requires_grad_(i in positions) for i, x in enumerate(example)]
+        prepare, product = compile_in_two(function, examples)
+        return Compiled(product, prepare=prepare)

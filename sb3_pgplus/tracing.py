@@ -8,7 +8,7 @@ known to depend on nothing but its tensors is traced, and :func:`fingerprint` sa
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import is_
+from operator import getitem, is_
 from types import FunctionType
 from typing import Any
 
@@ -58,6 +58,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 #: A layer's bias apart from its product: it then goes into the same loop as the activation.
 _DECOMPOSITIONS = {th.ops.aten.addmm.default: lambda bias, a, b: th.ops.aten.mm.default(a, b) + bias}
+
+
+#: A compiled function, of a list of tensors.
+TensorFunction = Callable[[list[th.Tensor]], Sequence[th.Tensor]]
 
 
 class UntraceableError(Exception):
@@ -267,10 +271,12 @@ class Compiled:
 
     :param call: the function, of a list of tensors
     :param names: of the scalars it returns
+    :param prepare: what is computed once for many calls, from the inputs that they have in common
     """
 
-    call: Callable[[list[th.Tensor]], Sequence[th.Tensor]]
+    call: TensorFunction
     names: list[str] = field(default_factory=list)
+    prepare: TensorFunction | None = None
     n_calls: int = 0
 
     def is_due(self) -> bool:
@@ -291,7 +297,7 @@ class Known:
 
 def compile_function(
     function: Callable[..., Sequence[th.Tensor]], inputs: Sequence[th.Tensor], may_change: Iterable[int] = ()
-) -> Callable[[list[th.Tensor]], Sequence[th.Tensor]]:
+) -> TensorFunction:
     """
     Trace a function of tensors and compile the trace. The compiler keeps its results on disk for later runs.
 
@@ -301,9 +307,37 @@ def compile_function(
     :return: the compiled function, of a list of tensors like the inputs
     :raises UntraceableError: if the function's course depends on values, or it changes anything else in place
     """
+    return _compile(_trace(function, inputs, may_change), [tensor.detach() for tensor in inputs])
+
+
+def compile_in_two(
+    function: Callable[..., Sequence[th.Tensor]], inputs: Sequence[th.Tensor]
+) -> tuple[TensorFunction, TensorFunction]:
+    """
+    :func:`compile_function` for calls in which the last input alone changes: what does not depend on it is computed
+    once for all of them.
+
+    :param function: tensors ↦ new tensors
+    :param inputs: examples
+    :return: ``before``, all inputs but the last ↦ intermediate results, and ``after``, these, then the last input ↦ the
+        function's results
+    :raises UntraceableError: as :func:`compile_function`
+    """
+    examples = [tensor.detach() for tensor in inputs]
+    before, after, needed = _split_before_last_input(_trace(function, inputs, ()))
+    compute = _compile(before, examples[:-1])
+
+    def call_before(inputs: list[th.Tensor]) -> list[th.Tensor]:
+        return [*(inputs[i] for i in needed), *compute(inputs)]
+
+    return call_before, _compile(after, [*call_before(examples[:-1]), examples[-1]])
+
+
+def _trace(
+    function: Callable[..., Sequence[th.Tensor]], inputs: Sequence[th.Tensor], may_change: Iterable[int]
+) -> th.fx.GraphModule:
+    """The function as a graph of operations without side effects, but for copies to what may change."""
     # Imported here: the compiler takes seconds to import, and most runs never need it.
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -318,6 +352,14 @@ def compile_function(
     _check_graph(graph, frozenset(may_change))
     graph.graph.eliminate_dead_code()
     graph.recompile()
+    return graph
+
+
+def _compile(graph: th.fx.GraphModule, inputs: Sequence[th.Tensor]) -> TensorFunction:
+    """Machine code of a graph, for inputs like these."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+
     examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     # One call from Python into C++ instead of one per kernel, where there is no device to talk to.
     on_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
@@ -326,10 +368,53 @@ def compile_function(
     settings = config.patch(cpp_wrapper=on_cpu, size_asserts=False, pattern_matcher=False)
     with th._guards.tracing(context), settings, th.no_grad():
         compiled: Any = compile_fx_inner(graph, examples, cpp_wrapper=on_cpu)
-        compiled([tensor.detach().clone() for tensor in inputs])  # the first call finishes the compiler's own records
+        compiled([tensor.clone() for tensor in inputs])  # the first call finishes the compiler's own records
     # What is called from now on, without the records that the compiler keeps of every call.
-    call: Callable[[list[th.Tensor]], Sequence[th.Tensor]] = getattr(compiled, "current_callable", None) or compiled
+    call: TensorFunction = getattr(compiled, "current_callable", None) or compiled
     return call
+
+
+def _split_before_last_input(graph: th.fx.GraphModule) -> tuple[th.fx.GraphModule, th.fx.GraphModule, list[int]]:
+    """
+    Two graphs in sequence: what does not depend on the last input, and the rest. The second one's inputs are those of
+    the whole at the positions that are returned, then the first one's results, then the last input.
+    """
+    nodes = list(graph.graph.nodes)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    dependent = {placeholders[-1], nodes[-1]}
+    for node in nodes:
+        if not dependent.isdisjoint(node.all_input_nodes):
+            dependent.add(node)
+    after = set(dependent)
+    for node in reversed(nodes):
+        if _is_free(node) and not after.isdisjoint(node.users):
+            after.add(node)  # as well
+    passed = [node for node in nodes if node not in after and not after.isdisjoint(node.users)]
+    needed = [node for node in passed if node.op == "placeholder"]
+    computed = [node for node in passed if node.op != "placeholder"]
+
+    first, second = th.fx.Graph(), th.fx.Graph()
+    of_first: dict[th.fx.Node, th.fx.Node] = {}
+    for node in nodes:
+        if node not in dependent:
+            of_first[node] = first.node_copy(node, of_first.__getitem__)
+    first.output([of_first[node] for node in computed])
+    first.eliminate_dead_code()
+    of_second = {node: second.placeholder(f"given_{node.name}") for node in (*needed, *computed, placeholders[-1])}
+    for node, given in of_second.items():
+        given.meta = dict(node.meta)
+    for node in nodes:
+        if node in after and node not in of_second:
+            of_second[node] = second.node_copy(node, of_second.__getitem__)
+    modules = [th.fx.GraphModule(graph, part) for part in (first, second)]
+    return modules[0], modules[1], [placeholders.index(node) for node in needed]
+
+
+def _is_free(node: th.fx.Node) -> bool:
+    """Whether it takes no time: a constant, or a view, which only reads in another way what is there."""
+    if node.target is getitem:
+        return _is_free(node.all_input_nodes[0])
+    return node.op == "call_function" and (not node.all_input_nodes or getattr(node.target, "is_view", False))
 
 
 def _without_detach(graph: th.fx.GraphModule) -> th.fx.GraphModule:

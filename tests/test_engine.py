@@ -31,6 +31,7 @@ from sb3_pgplus.tracing import (
     UntraceableError,
     check_policy,
     compile_function,
+    compile_in_two,
     fingerprint,
 )
 
@@ -545,6 +546,24 @@ def test_clipping_in_the_graph_is_that_of_torch() -> None:
 def test_a_function_that_looks_at_values_is_refused() -> None:
     with pytest.raises(UntraceableError, match="cannot be traced"):
         compile_function(lambda x: [x if bool(x.sum() > 0) else -x], [th.ones(2)])
+
+
+def test_a_function_compiled_in_two_parts_is_the_whole_and_the_first_part_serves_many_calls() -> None:
+    def product(w: th.Tensor, x: th.Tensor, v: th.Tensor) -> list[th.Tensor]:
+        wide, narrow = (x @ w.t()).tanh().split([3, 1], dim=1)  # w is needed by both parts, and so is a view of it
+        return [(wide @ v[:, None] + narrow + th.ones(5, 1)) @ w[:1], x + v.sum()]
+
+    th.manual_seed(0)
+    w, x, *vectors = th.randn(4, 2), th.randn(5, 2), th.randn(3), th.randn(3)
+    before, after = compile_in_two(product, [w, x, vectors[0]])
+    between = before([w, x])
+    for v in vectors:
+        for found, wanted in zip(after([*between, v]), product(w, x, v), strict=True):
+            th.testing.assert_close(found, wanted)
+    # What the second part is given in the tanh's place is what it uses: it does not compute it again.
+    (i,) = [i for i, tensor in enumerate(between) if tensor.shape == (5, 4)]
+    between[i] = th.zeros(5, 4)
+    th.testing.assert_close(after([*between, vectors[0]])[0], th.ones(5, 1) @ w[:1])
 
 
 def test_a_function_that_writes_to_its_input_is_refused() -> None:
