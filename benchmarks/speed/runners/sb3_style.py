@@ -74,21 +74,20 @@ def policy_kwargs(spec: dict[str, Any]) -> dict[str, Any]:
     return {} if spec["policy"] == "CnnPolicy" else {"net_arch": list(spec["net_arch"])}
 
 
-def iterations(stopwatch: Stopwatch, seen: Callable[[], None]) -> Any:
-    """A callback that marks where rollouts begin and, through ``seen``, where they end."""
-    from stable_baselines3.common.callbacks import BaseCallback
+def timed(cls: Any, stopwatch: Stopwatch, seen: Callable[[], None]) -> Any:
+    """
+    The class with marks where rollouts begin and, through ``seen``, where they end. A callback would be called in every
+    step, and what that costs depends on the library; plain trainings have none.
+    """
 
-    class Iterations(BaseCallback):
-        def _on_rollout_start(self) -> None:
+    class Timed(cls):  # type: ignore[misc]  # of whichever library
+        def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
             stopwatch.iteration_begins()
-
-        def _on_rollout_end(self) -> None:
+            goes_on: bool = super().collect_rollouts(*args, **kwargs)
             seen()
+            return goes_on
 
-        def _on_step(self) -> bool:
-            return True
-
-    return Iterations()
+    return Timed
 
 
 class PhysicsShare:
@@ -141,10 +140,10 @@ def main() -> None:
     stopwatch.imported()
     env = our_environments(spec) if spec["library"] == OURS else stock_environments(spec)
     arguments = {**ours, "n_steps": spec["n_steps"], **spec["settings"], "policy_kwargs": policy_kwargs(spec)}
-    model = cls(spec["policy"], env, seed=spec["seed"], device="cpu", **arguments)
     share = PhysicsShare(env, stopwatch) if spec["physics"] else None
-    callback = iterations(stopwatch, share.rollout_ended if share else lambda: None)
-    stopwatch.run(lambda: model.learn(stopwatch.total_steps, callback=callback))
+    timed_cls = timed(cls, stopwatch, share.rollout_ended if share else lambda: None)
+    model = timed_cls(spec["policy"], env, seed=spec["seed"], device="cpu", **arguments)
+    stopwatch.run(lambda: model.learn(stopwatch.total_steps))
     result = stopwatch.result()
     if share is not None:
         result |= share.result()
