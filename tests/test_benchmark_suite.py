@@ -620,6 +620,27 @@ def test_no_frame_of_a_figure_is_empty() -> None:
     assert [axis.get_visible() for axis in figure.axes] == [True] * 5 + [False]
 
 
+def panels(runs: list[store.StoredRun], name: str) -> list[str]:
+    [make] = [make for key, _, make in figures._figures(Results("mujoco", runs)) if key == name]
+    figure = make()
+    assert figure is not None
+    return [axis.get_title(loc="left") for axis in figure.axes if axis.get_visible()]
+
+
+def test_a_figure_of_times_has_only_tasks_measured_under_one_condition(tmp_path: Path) -> None:
+    def stored(env: str, variant: str, machine: str) -> store.StoredRun:
+        return store.StoredRun({**a_run([0.0] * 12, variant, env).data, "machine": machine, "jobs": 2})
+
+    runs = [stored(env, name, "one") for env in ("Hopper-v5", "Ant-v5") for name in ("ppoplus", "sb3-ppo-same")]
+    assert panels(runs, "time") == ["Hopper-v5", "Ant-v5"]
+    runs += [stored("Hopper-v5", "ppoplus", "another")]
+    assert panels(runs, "time") == ["Ant-v5"] and panels(runs, "steps") == ["Hopper-v5", "Ant-v5"]
+    stale = tmp_path / "results-mujoco-time.svg"
+    stale.write_text("of runs that were removed")
+    figures.draw(Results("mujoco", runs[:1] + runs[-1:]), tmp_path)  # Hopper alone, on two machines
+    assert not stale.exists()
+
+
 NAMES_OF_FIGURES = (
     *("ablation-scores", "mujoco-profile-four", "mujoco-profile"),
     *("mujoco-steps", "mujoco-time-all", "mujoco-time"),

@@ -37,6 +37,7 @@ COLORS = {
 }
 GREY, GRID = "#8a8f98", "#e3e6ea"
 THRESHOLDS = np.linspace(0, 1.6, 161)
+MINUTES = "minutes of training"
 
 
 def draw(results: Results, folder: Path, *, anew: bool = True) -> list[tuple[str, Path]]:
@@ -55,6 +56,8 @@ def draw(results: Results, folder: Path, *, anew: bool = True) -> list[tuple[str
         figure = make() if anew else None
         if figure is not None:
             _save(figure, path)
+        elif anew:
+            path.unlink(missing_ok=True)  # of runs that are no longer there
         if figure is not None or (not anew and path.exists()):
             drawn.append((title, path))
     return drawn
@@ -75,12 +78,12 @@ def _figures(results: Results) -> list[tuple[str, str, Callable[[], Figure | Non
             (
                 "time",
                 "Return by training time",
-                lambda: _curves(results, beside, REFERENCE_TASKS, minutes, "minutes of training"),
+                lambda: _curves(results, beside, _timed(results, beside, REFERENCE_TASKS), minutes, MINUTES),
             ),
             (
                 "time-all",
                 "Return by training time, all algorithms",
-                lambda: _curves(results, everything, MUJOCO_TASKS, minutes, "minutes of training"),
+                lambda: _curves(results, everything, _timed(results, everything, MUJOCO_TASKS), minutes, MINUTES),
             ),
             ("profile", "Performance profile", lambda: _profile(results, OURS, MUJOCO_TASKS, "Nine tasks")),
             (
@@ -93,6 +96,12 @@ def _figures(results: Results) -> list[tuple[str, str, Callable[[], Figure | Non
         "ablation": [("scores", "The ablation", lambda: _ablation(results))],
     }
     return kinds.get(results.kind, [])
+
+
+def _timed(results: Results, variants: Sequence[Variant], tasks: Sequence[str]) -> list[str]:
+    """Of some tasks those whose times can be compared: all measured on one machine, so many trainings side by side."""
+    conditions = {env: {c for variant in variants for c in results.conditions(variant.name, env)} for env in tasks}
+    return [env for env, found in conditions.items() if len(found) == 1]
 
 
 def _new(**options: Any) -> Figure:
