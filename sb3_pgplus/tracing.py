@@ -330,7 +330,12 @@ def compile_in_two(
     def call_before(inputs: list[th.Tensor]) -> list[th.Tensor]:
         return [*(inputs[i] for i in needed), *compute(inputs)]
 
-    return call_before, _compile(after, [*call_before(examples[:-1]), examples[-1]])
+    between = call_before(examples[:-1])
+    expected = [node.meta["val"] for node in after.graph.nodes if node.op == "placeholder"]
+    for tensor, known in zip(between, expected, strict=False):
+        if (tensor.shape, tensor.stride(), tensor.dtype) != (known.shape, known.stride(), known.dtype):
+            raise UntraceableError("an intermediate result has another layout than in the trace")
+    return call_before, _compile(after, [*between, examples[-1]])
 
 
 def _trace(
@@ -399,6 +404,8 @@ def _split_before_last_input(graph: th.fx.GraphModule) -> tuple[th.fx.GraphModul
         if node not in dependent:
             of_first[node] = first.node_copy(node, of_first.__getitem__)
     first.output([of_first[node] for node in computed])
+    # The compiler would lay results out as it likes; the second graph is compiled for those of the trace.
+    first.output_node().meta["user_visible_output_idxs"] = list(range(len(computed)))
     first.eliminate_dead_code()
     of_second = {node: second.placeholder(f"given_{node.name}") for node in (*needed, *computed, placeholders[-1])}
     for node, given in of_second.items():

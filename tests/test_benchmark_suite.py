@@ -632,9 +632,11 @@ def test_a_figure_of_times_has_only_tasks_measured_under_one_condition(tmp_path:
         return store.StoredRun({**a_run([0.0] * 12, variant, env).data, "machine": machine, "jobs": 2})
 
     runs = [stored(env, name, "one") for env in ("Hopper-v5", "Ant-v5") for name in ("ppoplus", "sb3-ppo-same")]
+    runs += [stored("Walker2d-v5", "ppoplus", "one")]  # with nothing beside it
     assert panels(runs, "time") == ["Hopper-v5", "Ant-v5"]
     runs += [stored("Hopper-v5", "ppoplus", "another")]
-    assert panels(runs, "time") == ["Ant-v5"] and panels(runs, "steps") == ["Hopper-v5", "Ant-v5"]
+    assert panels(runs, "time") == ["Ant-v5"]
+    assert panels(runs, "steps") == ["Hopper-v5", "Walker2d-v5", "Ant-v5"]
     stale = tmp_path / "results-mujoco-time.svg"
     stale.write_text("of runs that were removed")
     figures.draw(Results("mujoco", runs[:1] + runs[-1:]), tmp_path)  # Hopper alone, on two machines

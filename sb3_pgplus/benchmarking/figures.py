@@ -67,6 +67,7 @@ def _figures(results: Results) -> list[tuple[str, str, Callable[[], Figure | Non
     everything = [*OURS, *OTHERS]
     steps, minutes = (lambda curve: curve.steps), (lambda curve: curve.seconds / 60)
     beside = [OURS[0], *OTHERS[:2]]
+    compared = [env for env in REFERENCE_TASKS if any((other.name, env) in results.cells for other in OTHERS[:2])]
     classic = [*CLASSIC_TASKS, *EXTRA_TASKS["classic"]]
     kinds: dict[str, list[tuple[str, str, Callable[[], Figure | None]]]] = {
         "mujoco": [
@@ -78,7 +79,7 @@ def _figures(results: Results) -> list[tuple[str, str, Callable[[], Figure | Non
             (
                 "time",
                 "Return by training time",
-                lambda: _curves(results, beside, _timed(results, beside, REFERENCE_TASKS), minutes, MINUTES),
+                lambda: _curves(results, beside, _timed(results, beside, compared), minutes, MINUTES),
             ),
             (
                 "time-all",
