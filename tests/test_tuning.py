@@ -579,7 +579,9 @@ def test_an_interrupted_trial_goes_back_into_the_queue_and_resume_counts_finishe
     assert sum(trial.state in FINISHED for trial in trials) == 3
     assert trials[interrupted.number].state == TrialState.FAIL
     [retry] = [trial for trial in trials if trial.system_attrs.get("failed_trial") == interrupted.number]
-    assert retry.params == interrupted.params and retry.state in FINISHED
+    # Looked at while it was running, it may have had its settings before its parameters: storages read them in turn.
+    params = trials[interrupted.number].params
+    assert params and retry.params == params and retry.state in FINISHED
 
 
 def leave_a_dead_trial(study: Any) -> Any:
@@ -819,8 +821,9 @@ def test_tracked_trials_are_runs_of_one_group(
         track(where, trial, "a-project")
     written = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(written) == count(study.study, *FINISHED) == 2
-    content = written[0].read_bytes()
-    assert b"tracked" in content and b"trial-" in content and b"return/iqm" in content
+    # W&B's own process writes, and on a busy machine it does so after the run has finished here.
+    words = (b"tracked", b"trial-", b"return/iqm")
+    assert wait_until(lambda: all(word in written[0].read_bytes() for word in words), 60)
 
 
 def test_the_callback_reports_evaluations_and_ends_a_training_that_the_pruner_gives_up() -> None:
