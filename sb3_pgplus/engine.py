@@ -381,7 +381,10 @@ def _compile_policy_step(policy: Any, tensors: Tensors, observations: Any, draws
 
 
 class _FisherProduct:
-    """v ↦ Fv by a compiled function, compared with the eager one now and then."""
+    """
+    v ↦ Fv at the parameters of now, which have to stay until the last product: by a compiled function, compared with
+    the eager one now and then.
+    """
 
     def __init__(
         self, compiled: Compiled, inputs: list[th.Tensor], eager: Callable[[], MatVec], on_drift: Callable[[], None]

@@ -196,8 +196,8 @@ IMAGES |= {"n_steps": 32, "batch_size": 32, "n_critic_updates": 3, "cg_max_steps
 
 TRPO_CASES: dict[str, dict[str, Any]] = {
     "CartPole": {"env": "CartPole-v1", "n_envs": 1},
-    # With episodes of 30 steps, conjugate gradient's residual comes within 3 % of where it stops, and the processor decides
-    # which of the two takes another step.
+    # With episodes of 30 steps, conjugate gradient's residual comes within 3 % of where it stops, and the processor
+    # decides which of the two takes another step.
     "Pendulum, truncations of 4 envs": {"env": "Pendulum-v1", "n_envs": 4, "n_steps": 64, "time_limit": 25},
     "HalfCheetah, 4 envs": {"env": "HalfCheetah-v5", "n_envs": 4, "n_steps": 64, "time_limit": 50},
     "MultiDiscrete actions": {"env": MultiDiscreteEnv, "n_envs": 2},

@@ -117,13 +117,14 @@ def fisher_vector_product(
         u = th.zeros_like(y, requires_grad=True)
         pulled_back = flatten(th.autograd.grad(y, parameters, u, create_graph=True, materialize_grads=True))
 
-    def product(v: th.Tensor) -> th.Tensor:
+    def multiply(v: th.Tensor) -> th.Tensor:
         (dy,) = th.autograd.grad(pulled_back, u, v, retain_graph=True)
         weighted = metric(dy) / n_states
         pulled = th.autograd.grad(y, parameters, weighted, retain_graph=True, materialize_grads=True)
-        return flatten(pulled) + damping * v
+        product = flatten(pulled)
+        return product + damping * v if damping else product
 
-    return product
+    return multiply
 
 
 def flatten(tensors: Sequence[th.Tensor]) -> th.Tensor:
