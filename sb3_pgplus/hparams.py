@@ -363,6 +363,9 @@ class TRPOHparams(MinibatchHparams):
     max_grad_norm: float | None = _scheduled(
         0.5, "Largest gradient norm of the critic; None: no clipping.", minimum=0, exclusive_minimum=True, optional=True
     )
+    log_std_init: float | None = _number(
+        None, "Initial log standard deviation; None: the policy's default (0 in SB3's).", optional=True
+    )
     n_critic_updates: int = _integer(20, "Passes of the critic over each rollout.", minimum=0)
     target_kl: float = _scheduled(
         0.01, "δ, the trust region: largest mean KL(π_old‖π_θ) of an update.", minimum=0, exclusive_minimum=True

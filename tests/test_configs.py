@@ -161,7 +161,6 @@ ABLATION: dict[str, tuple[str | None, dict[str, Any]]] = {
             "line_search_shrinking_factor": 0.5,
             "fisher_sub_sampling_factor": 10,
             "learning_rate": "lin_0.0003",
-            "log_std_init": None,
         },
     ),
     # What PPO-M leaves out, as far as TRPO has it.
