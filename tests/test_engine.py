@@ -247,6 +247,15 @@ def test_a_compiled_step_in_the_trust_region_is_the_eager_one(space: spaces.Spac
     th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-3, atol=1e-4)
 
 
+def test_what_products_share_keeps_its_layout_where_the_compiler_would_change_it() -> None:
+    frames = spaces.Box(0, 255, (3, 40, 44), np.uint8)  # convolutions, which it would lay out by channels
+    kwargs = {**SMALL, "n_steps": 24, "n_envs": 1, "n_critic_updates": 1, "batch_size": 24, "policy": "CnnPolicy"}
+    compiled, eager = compiled_and_eager(TRPOPlus, lambda: Arms(spaces.Discrete(3), frames), 24, **kwargs)
+    assert "Fisher product: compiled (1 version(s)" in compiled.engine_report()
+    assert "Fisher product: eager" not in compiled.engine_report()
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-3, atol=1e-4)
+
+
 def test_a_compiled_fisher_product_that_drifts_is_put_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     kwargs = {**SMALL, "batch_size": 32, "n_critic_updates": 1}
     model = TRPOPlus("MlpPolicy", "Pendulum-v1", **kwargs, compile=True).learn(ITERATION)
