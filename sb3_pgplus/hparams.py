@@ -370,6 +370,20 @@ class TRPOHparams(MinibatchHparams):
     target_kl: float = _scheduled(
         0.01, "δ, the trust region: largest mean KL(π_old‖π_θ) of an update.", minimum=0, exclusive_minimum=True
     )
+    kl_reduction: str = _choice(
+        "sum",
+        ("sum", "mean"),
+        "KL of an action with several entries (Box, MultiBinary): that of the whole action ('sum'), or the mean over "
+        "its entries ('mean'), so that the trust region grows with their number, as in sb3-contrib.",
+    )
+    max_step_size: float | None = _number(
+        None,
+        "Largest α of the step αF⁻¹g, g of advantages that are not normalised; None: up to the trust region's border, "
+        "however little there is to gain.",
+        minimum=0,
+        exclusive_minimum=True,
+        optional=True,
+    )
     cg_max_steps: int = _integer(15, "Most conjugate-gradient steps.", minimum=1)
     cg_tol: float = _number(1e-5, "Relative residual at which conjugate gradient ends.", minimum=0)
     cg_damping: float = _number(0.1, "η of the damped Fisher matrix F + ηI.", minimum=0)

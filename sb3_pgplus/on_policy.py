@@ -368,13 +368,13 @@ class PolicyGradientPlus(
         callback.on_rollout_start()
         on_device = self._trains_on_tensors_of(env)
         to_environment = self._action_converter(on_device)
-        policy_step = self._policy_step()
+        policy_step, limited = self._policy_step(), self._threads_for(env.num_envs)
         watched = not is_known(callback)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
-            with th.no_grad():
+            with th.no_grad(), limited:
                 obs_tensor = self._observation_tensor()
                 actions, values, log_probs = policy_step(obs_tensor)
             if not on_device:
@@ -398,7 +398,8 @@ class PolicyGradientPlus(
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3 leaves out tuples, which no policy takes
             self._last_episode_starts = dones
 
-        self._finish_rollout(rollout_buffer, self.hyperparameters_at(self._current_progress_remaining))
+        with limited:
+            self._finish_rollout(rollout_buffer, self.hyperparameters_at(self._current_progress_remaining))
         self._log_rollout(n_steps * env.num_envs, time.perf_counter() - started)
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -407,7 +408,7 @@ class PolicyGradientPlus(
 
     def _policy_step(self) -> Callable[[Any], Any]:
         """The quickest function of a rollout's steps for the policy as it is now."""
-        with th.no_grad():
+        with th.no_grad(), self._threads_for(self.n_envs):
             step = self._engine.policy_step(self.policy, self._observation_tensor())
         self._value_function = getattr(step, "values", self.policy.predict_values)
         return step
@@ -465,10 +466,15 @@ class PolicyGradientPlus(
         metrics = Metrics()
         with without_distribution_checks():
             self.before_update(hp)
-            self.update(hp, metrics)
+            with self._threads_for(self._samples_at_once(hp)):
+                self.update(hp, metrics)
             self.after_update(hp)
         self._log_update(metrics)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
+
+    def _samples_at_once(self, hp: H) -> int:
+        """Samples that the update passes through the network at a time."""
+        return hp.n_steps * self.n_envs
 
     def update(self, hp: H, metrics: Metrics) -> None:
         """

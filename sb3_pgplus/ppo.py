@@ -72,6 +72,9 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         calls = {"update": hp.n_epochs * n_minibatches, "critic update": further * n_minibatches}
         return {**super()._calls_per_rollout(hp), **{unit: n for unit, n in calls.items() if n}}
 
+    def _samples_at_once(self, hp: PPOHparams) -> int:
+        return hp.batch_size
+
     def update(self, hp: PPOHparams, metrics: Metrics) -> None:
         """Epochs of minibatch steps, ended early by ``target_kl``; then the critic's further epochs."""
         n_critic_epochs = hp.n_epochs if hp.n_critic_epochs is None else hp.n_critic_epochs

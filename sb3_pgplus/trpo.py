@@ -118,7 +118,7 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         actor = self._step_policy(every(batch, hp.sub_sampling_factor), hp)
         self._failed_policy_steps, self._nonfinite_in_a_row = self._nonfinite_in_a_row, critic_failures
         set_training_mode(self.policy, True)
-        with restored(layer_statistics(self.policy)):
+        with restored(layer_statistics(self.policy)), self._threads_for(hp.batch_size):
             actor_ids = {id(parameter) for parameter in actor}
             own = [p for p in self.policy.parameters() if p.requires_grad and id(p) not in actor_ids]
             self._fit_critic(own, hp.n_critic_updates, hp, self._critic_loss, metrics)
@@ -135,7 +135,9 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         :param hp: hyperparameters of this update
         :return: the actor's parameters: those the surrogate depends on
         """
+        max_scale = math.inf if hp.max_step_size is None else hp.max_step_size
         if hp.normalize_advantage:
+            max_scale *= float(batch.advantages.std())  # F⁻¹g of normalised advantages is shorter by this factor
             batch = batch._replace(advantages=normalize(batch.advantages))
         distribution = self.policy.get_distribution(batch.observations)
         loss = self._objective(distribution, batch, hp)
@@ -150,7 +152,7 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         actor = [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
         gradient = -flatten([g for g in gradients if g is not None])  # of the surrogate, which is maximised
         divisor, product = self._kl_divisor(hp), self._fisher_product(batch, fisher, actor, hp)
-        step = self._full_step(lambda v: product(v) / divisor + hp.cg_damping * v, gradient, hp)
+        step = self._full_step(lambda v: product(v) / divisor + hp.cg_damping * v, gradient, max_scale, hp)
         found = NO_STEP
         if bool(step.any()) and bool(th.isfinite(loss.detach() + gradient.sum() + step.sum())):
             found = self._search(self._evaluator(batch, actor, step, old, hp), hp)
@@ -181,8 +183,8 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         return self._engine.fisher_product(self.policy, observations, actor, eager)
 
     def _kl_divisor(self, hp: TRPOHparams) -> int:
-        """1; sb3-contrib takes the mean of the KL over the entries of Box and MultiBinary actions, not its sum."""
-        is_mean = hp.sb3_exact and isinstance(self.action_space, (spaces.Box, spaces.MultiBinary))
+        """1, or the number of entries of a Box or MultiBinary action where the KL is their mean."""
+        is_mean = hp.kl_reduction == "mean" and isinstance(self.action_space, (spaces.Box, spaces.MultiBinary))
         return get_action_dim(self.action_space) if is_mean else 1
 
     def _objective(self, distribution: Distribution, batch: RolloutSamples, hp: TRPOHparams) -> th.Tensor:
@@ -205,7 +207,7 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         """
         return losses.surrogate(ratio, advantages)
 
-    def _full_step(self, matvec: MatVec, gradient: th.Tensor, hp: TRPOHparams) -> th.Tensor:
+    def _full_step(self, matvec: MatVec, gradient: th.Tensor, max_scale: float, hp: TRPOHparams) -> th.Tensor:
         """
         ``√(2δ/xᵀFx) x`` with ``x ≈ F⁻¹g``, F damped (TRPO paper, appendix C); NaN where there is no such step.
 
@@ -213,6 +215,7 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
 
         :param matvec: v ↦ Fv, ``[P] → [P]``
         :param gradient: g, ``[P]``
+        :param max_scale: upper limit of the square root
         """
         start, b, tol = th.zeros_like(gradient), gradient, hp.cg_tol
         if hp.sb3_exact:
@@ -225,7 +228,7 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         self.logger.record("train/cg_steps", found.n_steps)
         self.logger.record("train/cg_residual", found.residual_norm)
         self.logger.record("train/curvature", curvature)
-        return x * (math.nan if found.problem else trust_region_scale(curvature, hp.target_kl))
+        return x * (math.nan if found.problem else min(trust_region_scale(curvature, hp.target_kl), max_scale))
 
     def _evaluator(
         self,

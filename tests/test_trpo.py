@@ -172,6 +172,8 @@ KNOBS: dict[str, tuple[Any, dict[str, Any]]] = {
     "value_clip": ("clipped_only", {"clip_range_vf": 1e-3, "learning_rate": 1e-2, "n_critic_updates": 5}),
     "n_critic_updates": (3, {}),
     "target_kl": (0.02, {}),
+    "kl_reduction": ("mean", {"env": "Swimmer-v5"}),  # two entries
+    "max_step_size": (1e-3, {}),
     "cg_max_steps": (3, {}),
     "cg_tol": (0.5, {}),
     "cg_damping": (0.2, {}),
@@ -238,6 +240,54 @@ def test_the_kl_of_every_update_stays_within_the_trust_region_and_makes_use_of_i
         assert max(model.kls) <= DELTA + ROUNDING
         assert logged(model, "kl_divergence_loss") == pytest.approx(model.kls[-1], abs=ROUNDING)
     assert sum(kl > 0.1 * DELTA for kl in model.kls) > 2
+
+
+@pytest.mark.parametrize("space", [spaces.Box(-1, 1, (2,), np.float32), spaces.MultiBinary(2)])
+def test_the_mean_kl_over_two_entries_is_half_of_their_sum(space: spaces.Space[Any]) -> None:
+    # With d entries x = (F/d + ηI)⁻¹g is d times y = (F + dηI)⁻¹g, and √(2δ/xᵀ(F/d + ηI)x) x = √(2dδ/yᵀ(F + dηI)y) y.
+    def trained(**options: Any) -> Measured:
+        return Measured("MlpPolicy", arms(space), **TINY, **options).learn(80)
+
+    mean = trained(kl_reduction="mean", target_kl=DELTA, cg_damping=0.1)
+    total = trained(kl_reduction="sum", target_kl=2 * DELTA, cg_damping=0.2)
+    th.testing.assert_close(vector(mean.policy.parameters()), vector(total.policy.parameters()), rtol=1e-4, atol=1e-5)
+    assert mean.kls == pytest.approx(total.kls, rel=1e-3)
+    assert logged(mean, "kl_divergence_loss") == pytest.approx(mean.kls[-1] / 2, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3])])
+def test_kl_reduction_leaves_actions_of_one_distribution_alone(space: spaces.Space[Any]) -> None:
+    found = [parameters_after(arms(space), kl_reduction=reduction) for reduction in ("sum", "mean")]
+    assert th.equal(*found)
+
+
+def first_step(env: Any, **settings: Any) -> float:
+    """Length of the policy's first step, with rewards as they are."""
+    options = {**TINY, "n_critic_updates": 0, "normalize_rewards": False, "compile": False}
+    model = TRPOPlus("MlpPolicy", env, **{**options, **settings})
+    with_rollout(model).train()
+    return logged(model, "step_length")
+
+
+class TenTimes(gym.RewardWrapper[Any, Any]):
+    def reward(self, reward: Any) -> Any:
+        return 10 * reward
+
+
+@pytest.mark.parametrize("normalize_advantage", [True, False])
+def test_a_limited_step_is_as_long_as_the_advantages_are_large(normalize_advantage: bool) -> None:
+    # αF⁻¹g is linear in α, and in the rewards: V ≈ 0 at the start, so ten times the rewards are ten times the
+    # advantages, up to the little that V has in them. √(2δ/gᵀF⁻¹g) F⁻¹g does not change with them.
+    options = {"normalize_advantage": normalize_advantage}
+    small, double = (first_step(arms(), max_step_size=alpha, **options) for alpha in (1e-3, 2e-3))
+    assert double == pytest.approx(2 * small, rel=1e-4)
+    tenfold = make_vec_env(lambda: TenTimes(Arms()), 2, seed=0)
+    assert first_step(tenfold, max_step_size=1e-3, **options) == pytest.approx(10 * small, rel=0.1)
+    assert first_step(tenfold, **options) == pytest.approx(first_step(arms(), **options), rel=0.1)
+
+
+def test_a_limit_beyond_the_trust_region_changes_nothing() -> None:
+    assert th.equal(parameters_after(max_step_size=1e9), parameters_after())
 
 
 def test_the_trust_region_follows_its_schedule() -> None:

@@ -1,0 +1,121 @@
+"""How many of torch's threads each part of a training gets; never more than there were, and all of them afterwards."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
+
+from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, presets
+from sb3_pgplus.threads import ThreadLimit, threads_for
+
+
+@pytest.fixture(autouse=True)
+def four_threads() -> Iterator[None]:
+    before = th.get_num_threads()
+    th.set_num_threads(4)
+    yield
+    th.set_num_threads(before)
+
+
+def mlp(width: int, n_inputs: int = 10) -> ActorCriticPolicy:
+    box, choice = spaces.Box(-1, 1, (n_inputs,), np.float32), spaces.Discrete(2)
+    return ActorCriticPolicy(box, choice, lambda _: 1e-3, net_arch=[width])
+
+
+def inside(limit: ThreadLimit) -> int:
+    with limit:
+        return th.get_num_threads()
+
+
+def test_threads_grow_with_the_work_up_to_those_there_are() -> None:
+    # Two networks of 10 × 1000, and 1000 × 2 and 1000 × 1 behind them: 23 000 multiply-adds per sample, of which four
+    # million are worth a thread: 174 samples each.
+    policy = mlp(1000)
+    found = [inside(threads_for(policy, n)) for n in (1, 347, 348, 521, 522, 10_000)]
+    assert found == [1, 1, 2, 2, 3, 4]
+    assert th.get_num_threads() == 4
+
+
+def test_convolutions_have_all_threads() -> None:
+    images = spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    policy = ActorCriticCnnPolicy(images, spaces.Discrete(2), lambda _: 1e-3)
+    assert inside(threads_for(policy, 1)) == 4
+
+
+def test_a_limit_never_gives_more_threads_than_outside_and_gives_them_back_after_an_error() -> None:
+    with ThreadLimit(2):
+        assert inside(ThreadLimit(3)) == 2
+        with pytest.raises(RuntimeError, match="inside"), ThreadLimit(1):
+            raise RuntimeError("inside")
+        assert th.get_num_threads() == 2
+    assert th.get_num_threads() == 4
+
+
+class Watched(ActorCriticPolicy):
+    """Notes how many samples went through its actor, with how many threads."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: set[tuple[int, int]] = set()
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
+        self.seen.add((len(latent_pi), th.get_num_threads()))
+        return super()._get_action_dist_from_latent(latent_pi)
+
+
+class WatchedTRPO(TRPOPlus):
+    """Notes the minibatches of the critic, too."""
+
+    def _critic_loss(self, values: th.Tensor, batch: Any, hp: Any) -> Any:
+        self.policy.seen.add((len(values), th.get_num_threads()))
+        return super()._critic_loss(values, batch, hp)
+
+
+class Counting(gym.Env[Any, Any]):
+    """Notes the threads that an environment of torch's would have."""
+
+    observation_space = spaces.Box(-1, 1, (3,), np.float32)
+    action_space = spaces.Discrete(2)
+    threads: set[int]
+
+    def __init__(self) -> None:
+        Counting.threads = set()
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        Counting.threads.add(th.get_num_threads())
+        return self.observation_space.sample(), 0.0, bool(self.np_random.random() < 0.1), False, {}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "expected"),
+    [
+        (PPOPlus, {"batch_size": 100}, {(1, 1), (100, 1)}),
+        (PPOPlus, {"batch_size": 1000, "n_steps": 1000, "recompute_advantages": False}, {(1, 1), (1000, 2)}),
+        (A2CPlus, {}, {(1, 1), (1800, 3)}),
+        (WatchedTRPO, {"batch_size": 100}, {(1, 1), (1800, 3), (100, 1)}),
+    ],
+)
+def test_each_part_of_a_training_has_the_threads_that_it_can_use(
+    algorithm: Any, options: dict[str, Any], expected: set[tuple[int, int]]
+) -> None:
+    # Two networks of 3 × 64 and 64 × 64 with 64 × 2 and 64 × 1 behind them: 8768 multiply-adds per sample, 456 samples
+    # for each thread.
+    settings = {"n_steps": 1800, "normalize_observations": False, "seed": 0, **options}
+    model = algorithm(Watched, Counting(), **settings).learn(settings["n_steps"])
+    assert model.policy.seen == expected
+    assert Counting.threads == {4}
+    assert th.get_num_threads() == 4
+
+
+def test_sb3_exact_keeps_the_threads_that_sb3_has() -> None:
+    model = PPOPlus(Watched, Counting(), **{**presets.SB3_PPO, "n_steps": 128, "n_epochs": 1, "seed": 0}).learn(128)
+    assert {threads for _, threads in model.policy.seen} == {4}
