@@ -13,9 +13,10 @@ import numpy as np
 import torch as th
 from torch import nn
 
+from sb3_pgplus.compiler import Compiled, compile_function
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.optimizers import StepRule, common_base, drop_gradients, views_like
-from sb3_pgplus.tracing import Compiled, Known, compile_function, foreign_method
+from sb3_pgplus.tracing import Known, foreign_method
 
 if TYPE_CHECKING:
     from sb3_pgplus.engine import Engine

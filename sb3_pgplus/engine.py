@@ -24,23 +24,13 @@ from sb3_pgplus.compiled_update import (
     shapes,
     unflat_observations,
 )
+from sb3_pgplus.compiler import Compiled, UntraceableError, compile_function, compile_in_two
 from sb3_pgplus.core.natural_gradient import MatVec, fisher_vector_product
 from sb3_pgplus.errors import warn_user
 from sb3_pgplus.guards import broken_policy, without_distribution_checks
 from sb3_pgplus.policies import fisher_outputs
 from sb3_pgplus.sampling import Draw, noise_of, sample
-from sb3_pgplus.tracing import (
-    Compiled,
-    Known,
-    Snapshot,
-    Tensors,
-    UntraceableError,
-    check_policy,
-    compile_function,
-    compile_in_two,
-    fingerprint,
-    foreign_method,
-)
+from sb3_pgplus.tracing import Known, Snapshot, Tensors, check_policy, fingerprint, foreign_method
 
 
 class Cost(NamedTuple):

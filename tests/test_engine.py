@@ -20,20 +20,12 @@ from torch import nn
 
 from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, updates
 from sb3_pgplus.compiled_update import clip_by_norm
+from sb3_pgplus.compiler import Compiled, UntraceableError, compile_function, compile_in_two
 from sb3_pgplus.core import losses
 from sb3_pgplus.engine import COSTS, Engine
 from sb3_pgplus.policies import set_training_mode
 from sb3_pgplus.sampling import noise_of
-from sb3_pgplus.tracing import (
-    Compiled,
-    Snapshot,
-    Tensors,
-    UntraceableError,
-    check_policy,
-    compile_function,
-    compile_in_two,
-    fingerprint,
-)
+from sb3_pgplus.tracing import Snapshot, Tensors, check_policy, fingerprint
 
 SMALL = {"n_steps": 32, "n_envs": 2, "seed": 3, "device": "cpu"}
 PPO = {**SMALL, "batch_size": 32, "n_epochs": 2}

@@ -31,8 +31,8 @@ FACADE = "__init__"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
     frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
-    | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "sampling"})
-    | frozenset({"callback_tree", "checkpoints", "tracing", "vec_env", "statistics", "processes"})
+    | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "compiler", "sampling"})
+    | frozenset({"callback_tree", "checkpoints", "tracing", "vec_env", "statistics", "processes", "threads"})
     | frozenset({"serialization", "model_file", "sb3_files"}),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"})  # parts of on_policy
     | frozenset({"resuming", "training_state"}),
