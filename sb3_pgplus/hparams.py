@@ -378,8 +378,8 @@ class TRPOHparams(MinibatchHparams):
     )
     max_step_size: float | None = _number(
         None,
-        "Largest α of the step αF⁻¹g, g of advantages that are not normalised; None: up to the trust region's border, "
-        "however little there is to gain.",
+        "Largest α of the step αF⁻¹g, g of advantages in units of the scaled rewards; None: up to the trust region's "
+        "border, however little there is to gain.",
         minimum=0,
         exclusive_minimum=True,
         optional=True,

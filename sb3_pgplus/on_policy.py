@@ -466,15 +466,10 @@ class PolicyGradientPlus(
         metrics = Metrics()
         with without_distribution_checks():
             self.before_update(hp)
-            with self._threads_for(self._samples_at_once(hp)):
-                self.update(hp, metrics)
+            self.update(hp, metrics)
             self.after_update(hp)
         self._log_update(metrics)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
-
-    def _samples_at_once(self, hp: H) -> int:
-        """Samples that the update passes through the network at a time."""
-        return hp.n_steps * self.n_envs
 
     def update(self, hp: H, metrics: Metrics) -> None:
         """

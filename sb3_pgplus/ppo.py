@@ -72,9 +72,6 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         calls = {"update": hp.n_epochs * n_minibatches, "critic update": further * n_minibatches}
         return {**super()._calls_per_rollout(hp), **{unit: n for unit, n in calls.items() if n}}
 
-    def _samples_at_once(self, hp: PPOHparams) -> int:
-        return hp.batch_size
-
     def update(self, hp: PPOHparams, metrics: Metrics) -> None:
         """Epochs of minibatch steps, ended early by ``target_kl``; then the critic's further epochs."""
         n_critic_epochs = hp.n_epochs if hp.n_critic_epochs is None else hp.n_critic_epochs
@@ -87,7 +84,8 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             if hp.recompute_advantages and epoch > 0 and isinstance(self.rollout_buffer, TorchRolloutBuffer):
                 self._recompute_advantages(self.rollout_buffer, hp)
             metrics.restart("train/approx_kl")
-            finished = self._epoch(hp, metrics, with_critic if epoch < n_critic_epochs else without_critic)
+            with self._threads_for(hp.batch_size):
+                finished = self._epoch(hp, metrics, with_critic if epoch < n_critic_epochs else without_critic)
             self._n_updates += 1
             if not finished:
                 if self.verbose >= 1:
@@ -112,7 +110,8 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
 
         assert hp.n_critic_epochs is not None
         own = critic_only_parameters(self.policy)
-        self._fit_critic(own, hp.n_critic_epochs - n_done, hp, weighted, metrics)
+        with self._threads_for(hp.batch_size):
+            self._fit_critic(own, hp.n_critic_epochs - n_done, hp, weighted, metrics)
 
     def _loss_gradient(self, hp: PPOHparams, with_critic: bool) -> Callable[[RolloutSamples], Gradient]:
         loss, parameters = partial(self.loss, with_critic=with_critic), list(self.policy.parameters())

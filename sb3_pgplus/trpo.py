@@ -115,7 +115,9 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         batch = cast(RolloutSamples, next(iter(self.rollout_buffer.get(batch_size=None))))
         # The policy's failures in a row and the critic's are counted apart: good steps of one do not excuse the other.
         critic_failures, self._nonfinite_in_a_row = self._nonfinite_in_a_row, self._failed_policy_steps
-        actor = self._step_policy(every(batch, hp.sub_sampling_factor), hp)
+        batch = every(batch, hp.sub_sampling_factor)
+        with self._threads_for(len(batch.advantages)):
+            actor = self._step_policy(batch, hp)
         self._failed_policy_steps, self._nonfinite_in_a_row = self._nonfinite_in_a_row, critic_failures
         set_training_mode(self.policy, True)
         with restored(layer_statistics(self.policy)), self._threads_for(hp.batch_size):
@@ -137,7 +139,8 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         """
         max_scale = math.inf if hp.max_step_size is None else hp.max_step_size
         if hp.normalize_advantage:
-            max_scale *= float(batch.advantages.std())  # F⁻¹g of normalised advantages is shorter by this factor
+            if hp.max_step_size is not None and len(batch.advantages) > 1:
+                max_scale *= float(batch.advantages.std())  # which F⁻¹g of normalised advantages is divided by
             batch = batch._replace(advantages=normalize(batch.advantages))
         distribution = self.policy.get_distribution(batch.observations)
         loss = self._objective(distribution, batch, hp)
@@ -152,7 +155,8 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         actor = [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
         gradient = -flatten([g for g in gradients if g is not None])  # of the surrogate, which is maximised
         divisor, product = self._kl_divisor(hp), self._fisher_product(batch, fisher, actor, hp)
-        step = self._full_step(lambda v: product(v) / divisor + hp.cg_damping * v, gradient, max_scale, hp)
+        with self._threads_for(len(batch.advantages) // hp.fisher_sub_sampling_factor):
+            step = self._full_step(lambda v: product(v) / divisor + hp.cg_damping * v, gradient, max_scale, hp)
         found = NO_STEP
         if bool(step.any()) and bool(th.isfinite(loss.detach() + gradient.sum() + step.sum())):
             found = self._search(self._evaluator(batch, actor, step, old, hp), hp)

@@ -111,7 +111,7 @@ def test_a_verdict_follows_from_its_statistic(metric: str, values: list[float], 
     ("metric", "setting", "values", "level", "words"),
     [
         ("kl_divergence_loss", {"target_kl": 0.01}, [0.008, 0.009, 0.01], GOOD, "Steps use 90% of the trust region"),
-        ("kl_divergence_loss", {"target_kl": 0.01}, [0.001, 0.002, 0.01], WARNING, "Steps use 20%"),
+        ("kl_divergence_loss", {"target_kl": 0.01}, [0.001, 0.002, 0.01], NOTE, "Steps use 20%"),
         ("kl_divergence_loss", {"target_kl": "lin_0.01"}, [0.02] * 3, PROBLEM, "2.0 times the trust region"),
         ("kl_divergence_loss", {}, [0.02] * 3, NOTE, "Nothing to compare it with"),
         ("grad_norm", {"max_grad_norm": 0.5}, [0.25] * 3, GOOD, "0.50 times the limit: mostly not clipped"),

@@ -9,8 +9,11 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
 
-from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, presets
+from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, presets, trpo
+from sb3_pgplus.core.natural_gradient import conjugate_gradient
 from sb3_pgplus.threads import ThreadLimit, threads_for
 
 
@@ -45,6 +48,42 @@ def test_convolutions_have_all_threads() -> None:
     images = spaces.Box(0, 255, (4, 36, 36), np.uint8)
     policy = ActorCriticCnnPolicy(images, spaces.Discrete(2), lambda _: 1e-3)
     assert inside(threads_for(policy, 1)) == 4
+
+
+class Lazy(BaseFeaturesExtractor):
+    """Of the user's own: how often it applies its layers is unknown, and here also how large they are."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, 8)
+        self.layer = nn.LazyLinear(8)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.layer(observations)
+
+
+def test_layers_of_unknown_work_have_all_threads() -> None:
+    box, choice = spaces.Box(-1, 1, (4,), np.float32), spaces.Discrete(2)
+    policy = ActorCriticPolicy(box, choice, lambda _: 1e-3, ortho_init=False, features_extractor_class=Lazy)
+    assert inside(threads_for(policy, 1)) == 4
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 2))
+    assert inside(threads_for(attention, 1)) == 4
+    options = {"features_extractor_class": Lazy, "optimizer_class": th.optim.Adam}
+    PPOPlus("MlpPolicy", "CartPole-v1", n_steps=32, ortho_init=False, policy_kwargs=options).learn(32)
+
+
+def test_sub_sampled_products_have_the_threads_of_their_own_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1800 of 3600 samples for the step: 8768 multiply-adds each make 3.9 threads. Every fourth of them: 0.99.
+    found = []
+
+    def watched(matvec: Any, b: th.Tensor, **options: Any) -> Any:
+        found.append(th.get_num_threads())
+        return conjugate_gradient(matvec, b, **options)
+
+    monkeypatch.setattr(trpo, "conjugate_gradient", watched)
+    settings = {"n_steps": 3600, "sub_sampling_factor": 2, "normalize_observations": False, "batch_size": 100}
+    for factor, expected in ((1, 3), (4, 1)):
+        TRPOPlus("MlpPolicy", Counting(), **settings, fisher_sub_sampling_factor=factor, compile=False).learn(3600)
+        assert found.pop() == expected and not found
 
 
 def test_a_limit_never_gives_more_threads_than_outside_and_gives_them_back_after_an_error() -> None:

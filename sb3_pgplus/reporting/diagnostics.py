@@ -206,7 +206,11 @@ CHECKS: tuple[Check, ...] = (
         "KL of the step, against target_kl",
         relative_to("target_kl"),
         (
-            Band(0.3, WARNING, "Steps use {value:.0%} of the trust region: the line search cuts them short."),
+            Band(
+                0.3,
+                NOTE,
+                "Steps use {value:.0%} of the trust region: a schedule or a limit keeps them short.",
+            ),
             Band(1.0001, GOOD, "Steps use {value:.0%} of the trust region."),
             Band(INF, PROBLEM, "Steps are {value:.1f} times the trust region: switch line_search on, or damp more."),
         ),
