@@ -96,7 +96,7 @@ CASES = {
         _cheetah(8, 256, name="ppo-halfcheetah-8x256-own-dummyvecenv", our_vec_env="dummy"),
         _cheetah(1, 2048),
         _cheetah(8, 5, name="a2c-halfcheetah-8x5", algo="a2c"),
-        _cheetah(8, 256, name="trpo-halfcheetah-8x256", algo="trpo", libraries=(OURS, CONTRIB)),
+        _cheetah(8, 256, name="trpo-halfcheetah-8x256", algo="trpo", libraries=(OURS, CONTRIB), our_threads=(1, 2)),
         Case(
             "ppo-cartpole-8x32",
             "ppo",
@@ -127,7 +127,10 @@ SWEEPS = {
     "envs": [
         _cheetah(n_envs, 2048 // n_envs, name=f"sweep-envs-{n_envs}x{2048 // n_envs}") for n_envs in (1, 8, 32, 128)
     ],
-    "width": [_cheetah(8, 256, name=f"sweep-width-{width}", net_arch=(width, width)) for width in (64, 256)],
+    "width": [
+        _cheetah(8, 256, name=f"sweep-width-{width}", net_arch=(width, width), our_threads=(1, 2))
+        for width in (64, 256)
+    ],
 }
 
 
