@@ -27,6 +27,7 @@ ALGORITHMS = {
 
 NUMBERS = ["gamma", "gae_lambda", "clip_observations", "clip_rewards", "log_std_init", "adam_eps"]
 NUMBERS += ["adaptive_kl_target", "desired_kl", "rms_prop_eps", "cg_tol", "cg_damping", "line_search_shrinking_factor"]
+NUMBERS += ["max_step_size"]
 SCHEDULED = ["learning_rate", "critic_learning_rate", "ent_coef", "vf_coef", "max_grad_norm", "clip_range"]
 SCHEDULED += ["clip_range_vf", "target_kl", "kl_coef"]
 INTEGERS = ["n_steps", "batch_size", "n_epochs", "n_step_horizon", "max_nonfinite_updates", "n_envs", "cg_max_steps"]
@@ -36,7 +37,7 @@ OPTIONAL_INTEGERS = ["schedule_timesteps", "n_critic_epochs"]
 SWITCHES = ["normalize_advantage", "bootstrap_truncated", "normalize_value_targets", "sb3_exact", "ortho_init"]
 SWITCHES += ["line_search"]
 CHOICES = ["advantage_estimator", "normalize_observations", "normalize_rewards", "activation_fn", "value_clip"]
-CHOICES += ["recompute_advantages", "use_rms_prop", "compile"]
+CHOICES += ["recompute_advantages", "use_rms_prop", "compile", "kl_reduction"]
 #: Names that `load` refuses whatever the value is, if it is another one.
 FIXED = ("normalize_observations", "normalize_rewards", "normalize_value_targets", "activation_fn")
 
@@ -55,7 +56,7 @@ NOT_ALLOWED = [(name, bad) for name in NUMBERS + SCHEDULED for bad in (math.nan,
 NOT_ALLOWED += [(name, "nan") for name in SCHEDULED]
 NOT_ALLOWED += [(name, -1e-9) for name in NUMBERS + SCHEDULED if name != "log_std_init"]
 NOT_ALLOWED += [("gamma", 1.0001), ("gae_lambda", 2)]
-NOT_ALLOWED += [(name, 0) for name in ("clip_observations", "clip_rewards", "adam_eps", "desired_kl")]
+NOT_ALLOWED += [(name, 0) for name in ("clip_observations", "clip_rewards", "adam_eps", "desired_kl", "max_step_size")]
 NOT_ALLOWED += [(name, 0) for name in ("adaptive_kl_target", "max_grad_norm", "clip_range", "clip_range_vf")]
 NOT_ALLOWED += [(name, 0.0) for name in ("target_kl", "clip_range")]
 NOT_ALLOWED += [("rms_prop_eps", 0), ("line_search_shrinking_factor", 0), ("line_search_shrinking_factor", 1)]
@@ -63,6 +64,7 @@ NOT_ALLOWED += [(name, bad) for name in INTEGERS for bad in (0, -1)]
 NOT_ALLOWED += [("schedule_timesteps", 0), ("n_critic_epochs", -1), ("n_critic_updates", -1)]
 NOT_ALLOWED += [(name, bad) for name in CHOICES for bad in ("no such", 1, 0, [])]
 NOT_ALLOWED += [("value_clip", None), ("advantage_estimator", None), ("normalize_rewards", None)]
+NOT_ALLOWED += [("kl_reduction", None)]
 NOT_ALLOWED += [("use_rms_prop", None), ("use_rms_prop", "tf-like")]
 
 NO_SCHEDULE = ["fast", "", "lin", "lin_", "lin_a", "cos_1_2_3", "lin_1__2", "linear_3e-4", "3e-4_lin", "lin-3e-4"]
@@ -173,7 +175,7 @@ def test_numpys_and_pythons_numbers_are_numbers(name, value):
 
 @pytest.mark.parametrize("name", sorted({*SCHEDULED, *NUMBERS} - {*REQUIRED}))
 def test_optional_values_may_be_none(name):
-    assert getattr(construct(**kwargs_with(name, None)).hyperparameters_at(1.0), name) is None
+    assert getattr(construct_with(name, None).hyperparameters_at(1.0), name) is None
 
 
 # --- the same through load ----------------------------------------------------------------------------------
