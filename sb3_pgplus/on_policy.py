@@ -468,7 +468,9 @@ class PolicyGradientPlus(
             self.before_update(hp)
             self.update(hp, metrics)
             self.after_update(hp)
-        self._log_update(metrics)
+        # Threads spin for milliseconds after an operation on several, on the cores that the next rollout needs.
+        with self._threads_for(self.n_envs):
+            self._log_update(metrics)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
 
     def update(self, hp: H, metrics: Metrics) -> None:

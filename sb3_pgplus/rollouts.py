@@ -1,5 +1,6 @@
 """Between the last step of a rollout and the update: statistics, bootstrap values, advantages."""
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from sb3_pgplus.errors import HyperparameterError
 from sb3_pgplus.guards import check_finite_policy, check_finite_step
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.policies import RunningMoments, observation_normalizer, set_training_mode
+from sb3_pgplus.threads import ThreadLimit, threads_for
 from sb3_pgplus.vec_env.tensors import TensorInfos, episodes_of
 
 if TYPE_CHECKING:  # a mix-in of one class: let the type checker see what it is mixed into
@@ -62,6 +64,7 @@ class RolloutProcessing(_Base):
 
     bootstrap_truncated: bool
     normalize_value_targets: bool
+    sb3_exact: bool
     reward_normalizer: RunningMoments
     value_normalizer: RunningMoments
     _normalizes_observations: bool | None
@@ -150,6 +153,16 @@ class RolloutProcessing(_Base):
         else:
             self._finish_foreign_buffer(buffer, hp, reevaluate=first)
 
+    def _threads_for(self, n_samples: int) -> ThreadLimit:
+        """
+        The context in which batches go through the policy: with as many threads as are of use.
+
+        :param n_samples: B, of a batch
+        """
+        if self.sb3_exact or self.device.type != "cpu":
+            return ThreadLimit(math.inf)
+        return threads_for(self.policy, n_samples)
+
     # --- running statistics -------------------------------------------------------------------------------------------
 
     def _merge_observations(self, buffer: RolloutBuffer) -> None:
@@ -157,7 +170,8 @@ class RolloutProcessing(_Base):
         normalizer = observation_normalizer(self.policy)
         if normalizer is None or self._observations_merged:
             return
-        normalizer.merge(self._flat_observations(buffer))
+        with self._threads_for(self.n_envs):
+            normalizer.merge(self._flat_observations(buffer))
         self._observations_merged = True
 
     def _flat_observations(self, buffer: RolloutBuffer) -> PyTorchObs:

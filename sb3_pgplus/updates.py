@@ -20,7 +20,6 @@ from sb3_pgplus.hparams import MinibatchHparams, PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.optimizers import drop_gradients, step
 from sb3_pgplus.policies import RunningMoments
-from sb3_pgplus.threads import ThreadLimit, threads_for
 
 if TYPE_CHECKING:  # a mix-in of one class: let the type checker see what it is mixed into
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm as _Base
@@ -49,7 +48,6 @@ class GradientUpdates(_Base):
     """Steps of the optimiser with the non-finite guard."""
 
     max_nonfinite_updates: int
-    sb3_exact: bool
     value_normalizer: RunningMoments
     _engine: Engine
     _nonfinite_updates: int
@@ -183,16 +181,6 @@ class GradientUpdates(_Base):
             gradient = gradient_of(batch)
             self._apply(gradient, batch)
             metrics.add(gradient.diagnostics)
-
-    def _threads_for(self, n_samples: int) -> ThreadLimit:
-        """
-        The context in which batches go through the policy: with as many threads as are of use.
-
-        :param n_samples: B, of a batch
-        """
-        if self.sb3_exact or self.device.type != "cpu":
-            return ThreadLimit(math.inf)
-        return threads_for(self.policy, n_samples)
 
     def _fit_stock_critic(
         self,

@@ -14,6 +14,7 @@ from torch import nn
 
 from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, presets, trpo
 from sb3_pgplus.core.natural_gradient import conjugate_gradient
+from sb3_pgplus.policies import ObservationNormalizer
 from sb3_pgplus.threads import ThreadLimit, threads_for
 
 
@@ -153,6 +154,23 @@ def test_each_part_of_a_training_has_the_threads_that_it_can_use(
     assert model.policy.seen == expected
     assert Counting.threads == {4}
     assert th.get_num_threads() == 4
+
+
+def test_nothing_wakes_threads_just_before_a_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    # They would spin for milliseconds on the cores that the environments need.
+    found, merge, log = [], ObservationNormalizer.merge, PPOPlus._log_update
+
+    def noted(original: Any) -> Any:
+        def call(*args: Any) -> None:
+            found.append(th.get_num_threads())
+            original(*args)
+
+        return call
+
+    monkeypatch.setattr(ObservationNormalizer, "merge", noted(merge))
+    monkeypatch.setattr(PPOPlus, "_log_update", noted(log))
+    PPOPlus("MlpPolicy", Counting(), n_steps=64, batch_size=64, seed=0).learn(128)
+    assert found == [1, 1, 1, 1]  # the first rollout is merged before its update, the second before the next rollout
 
 
 def test_sb3_exact_keeps_the_threads_that_sb3_has() -> None:
