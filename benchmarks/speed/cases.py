@@ -96,7 +96,7 @@ CASES = {
         _cheetah(8, 256, name="ppo-halfcheetah-8x256-own-dummyvecenv", our_vec_env="dummy"),
         _cheetah(1, 2048),
         _cheetah(8, 5, name="a2c-halfcheetah-8x5", algo="a2c"),
-        _cheetah(8, 256, name="trpo-halfcheetah-8x256", algo="trpo", libraries=(OURS, CONTRIB), our_threads=(1, 2)),
+        _cheetah(8, 256, name="trpo-halfcheetah-8x256", algo="trpo", libraries=(OURS, CONTRIB), our_threads=(2,)),
         Case(
             "ppo-cartpole-8x32",
             "ppo",
