@@ -70,11 +70,10 @@ class A2CPlus(PolicyGradientPlus[A2CHparams]):
         """One gradient step on all samples of the rollout."""
         parameters, n_samples = list(self.policy.parameters()), hp.n_steps * self.n_envs
         gradient_of = self._gradient_of("update", self.loss, hp, parameters, n_samples)
-        batch = cast(RolloutSamples, next(iter(self.rollout_buffer.get(batch_size=None))))
-        with self._threads_for(n_samples):
+        for batch in self.rollout_buffer.get(batch_size=None):
             gradient = gradient_of(batch)
             self._apply(gradient, batch)
-        metrics.add({**gradient.diagnostics, "train/grad_norm": gradient.norm})
+            metrics.add({**gradient.diagnostics, "train/grad_norm": gradient.norm})
         self._n_updates += 1
         self.logger.record("train/ent_coef", hp.ent_coef)
 

@@ -466,7 +466,8 @@ class PolicyGradientPlus(
         metrics = Metrics()
         with without_distribution_checks():
             self.before_update(hp)
-            self.update(hp, metrics)
+            with self._threads_for(hp.n_steps * self.n_envs):  # parts of it have fewer
+                self.update(hp, metrics)
             self.after_update(hp)
         # Threads spin for milliseconds after an operation on several, on the cores that the next rollout needs.
         with self._threads_for(self.n_envs):

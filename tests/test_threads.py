@@ -72,6 +72,19 @@ def test_layers_of_unknown_work_have_all_threads() -> None:
     PPOPlus("MlpPolicy", "CartPole-v1", n_steps=32, ortho_init=False, policy_kwargs=options).learn(32)
 
 
+def test_passes_over_a_small_rollout_inside_an_update_have_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 320 samples of 8768 multiply-adds: 0.7 threads, though this pass is none of a minibatch.
+    found, recompute = [], PPOPlus._recompute_advantages
+
+    def noted(*args: Any) -> None:
+        found.append(th.get_num_threads())
+        recompute(*args)
+
+    monkeypatch.setattr(PPOPlus, "_recompute_advantages", noted)
+    PPOPlus("MlpPolicy", Counting(), n_steps=320, batch_size=64, n_epochs=3, seed=0).learn(320)
+    assert found == [1, 1]
+
+
 def test_sub_sampled_products_have_the_threads_of_their_own_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     # 1800 of 3600 samples for the step: 8768 multiply-adds each make 3.9 threads. Every fourth of them: 0.99.
     found = []
