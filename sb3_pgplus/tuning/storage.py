@@ -112,8 +112,8 @@ def recover_dead_trials(study: optuna.Study, storage: BaseStorage) -> list[int]:
     """
     Fail the trials whose workers died, and put their parameters back into the queue.
 
-    A database knows by missing heartbeats. Journals and the gRPC proxy have none: there a trial is dead if its process
-    on this machine is gone, or if one on another machine has given no sign of life for long.
+    A trial is dead if its process on this machine is gone. A database knows of those on other machines by missing
+    heartbeats; journals and the gRPC proxy have none, and there one is dead that has given no sign of life for long.
 
     :param study: the study
     :param storage: where it is stored
@@ -125,8 +125,7 @@ def recover_dead_trials(study: optuna.Study, storage: BaseStorage) -> list[int]:
             optuna.storages.fail_stale_trials(study)
     dead = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        # With a heartbeat, what is left is a worker that died before its first one, and before it said who it is.
-        if not _is_dead(trial) or (heartbeat and "worker" in trial.user_attrs):
+        if not _is_dead(trial, heartbeat):
             continue
         try:
             study.tell(trial.number, state=TrialState.FAIL)
@@ -137,11 +136,13 @@ def recover_dead_trials(study: optuna.Study, storage: BaseStorage) -> list[int]:
     return dead
 
 
-def _is_dead(trial: FrozenTrial) -> bool:
+def _is_dead(trial: FrozenTrial, heartbeat: bool) -> bool:
     worker = trial.user_attrs.get("worker")
     alive = is_alive(worker) if worker else None
     if alive is not None:
         return not alive
+    if worker and heartbeat:  # on another machine, whose clock may differ: the database's decides
+        return False
     started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
     last_seen: float = max(trial.user_attrs.get("seen", 0.0), started)
     return time.time() - last_seen > 10 * SIGN_OF_LIFE_SECONDS
