@@ -239,6 +239,26 @@ def test_a_compiled_step_in_the_trust_region_is_the_eager_one(space: spaces.Spac
     th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-3, atol=1e-4)
 
 
+def test_the_compiled_tanh_is_torchs_within_seven_roundings_everywhere() -> None:
+    x = th.cat([th.linspace(-12, 12, 400_001), th.logspace(-38, 1, 400_001), -th.logspace(-38, 1, 400_001)])
+    [y] = compile_function(lambda x: [th.tanh(x)], [x])([x])
+    exact = th.tanh(x.double())
+    # float32 rounds by half of 2⁻²³ = 1.2e-7 of the value.
+    assert ((y - exact).abs() <= 7 * 2**-24 * exact.abs() + 1e-45).all()
+    assert y.abs().max() == 1.0
+    assert y.unique().numel() > 800_000  # small values keep all their digits
+    ends = th.tensor([0.0, -0.0, th.inf, -th.inf, th.nan])
+    [limits] = compile_function(lambda x: [th.tanh(x)], [ends])([ends])
+    assert limits[:2].tolist() == [0.0, -0.0] and limits[4].isnan()
+    assert limits[2] == -limits[3] and 1 - 2**-23 <= limits[2] <= 1
+
+
+def test_the_compiled_tanh_of_double_precision_is_torchs() -> None:
+    x = th.linspace(-12, 12, 10_001, dtype=th.float64)
+    [y] = compile_function(lambda x: [th.tanh(x)], [x])([x])
+    assert (y - th.tanh(x)).abs().max() <= 2**-52
+
+
 def test_what_products_share_keeps_its_layout_where_the_compiler_would_change_it() -> None:
     frames = spaces.Box(0, 255, (3, 40, 44), np.uint8)  # convolutions, which it would lay out by channels
     kwargs = {**SMALL, "n_steps": 24, "n_envs": 1, "n_critic_updates": 1, "batch_size": 24, "policy": "CnnPolicy"}

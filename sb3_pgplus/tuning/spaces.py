@@ -124,6 +124,8 @@ SPACES: dict[str, Space] = {
         **_SHARED,
         **_MINIBATCHES,
         "target_kl": _number("target_kl", 0.003, 0.1, log=True),
+        "kl_reduction": _choice("kl_reduction", "sum", "mean"),
+        "max_step_size": _choice("max_step_size", None, 5.0, 20.0),
         "n_critic_updates": _number("n_critic_updates", 5, 40, log=True),
         "cg_max_steps": _number("cg_max_steps", 5, 25),
         "cg_damping": _number("cg_damping", 1e-3, 0.3, log=True),
