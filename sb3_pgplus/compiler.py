@@ -38,7 +38,7 @@ def _polynomial(coefficients: Sequence[float], x: th.Tensor) -> th.Tensor:
     return result
 
 
-_DECOMPOSITIONS = {
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     # A layer's bias apart from its product: it then goes into the same loop as the activation.
     th.ops.aten.addmm.default: lambda bias, a, b: th.ops.aten.mm.default(a, b) + bias,
     th.ops.aten.tanh.default: _tanh,
