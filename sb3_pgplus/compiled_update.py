@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 from torch import nn
 
+from sb3_pgplus.buffers import RolloutSamples, TorchDictRolloutBuffer, TorchRolloutBuffer
 from sb3_pgplus.compiler import Compiled, compile_function
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.optimizers import StepRule, common_base, drop_gradients, views_like
@@ -25,6 +27,9 @@ PACKAGE = __name__.partition(".")[0]
 _TOLERANCE = 1e-3
 #: What stands between a gradient and its step: where somebody has changed it, the step is left to it.
 _STEP_METHODS = ("train", "update", "_epoch", "_fit_critic", "_apply")
+
+#: Buffers whose minibatches have one layout.
+_BUFFERS = (TorchRolloutBuffer, TorchDictRolloutBuffer)
 
 LossFunction = Callable[[Any, Any], tuple[th.Tensor, dict[str, th.Tensor]]]
 
@@ -90,16 +95,25 @@ class CompiledUpdate:
         #: The first parameter's gradient as a part of it.
         self._first_view: th.Tensor | None = None
         self._looked_up = False
+        #: Of the first minibatch, where later ones may have others; our own buffers' are all alike.
+        self._shapes: tuple[Hashable, ...] | None = None
 
     def __call__(self, batch: Any) -> Gradient:
-        if len(batch.advantages) != self._problem.batch_size:
+        if len(batch.advantages) != self._problem.batch_size or not self._is_known(batch):
             return self._eager(batch)
         flat = _flat_batch(batch)
         if not self._looked_up:
             self._look_up(batch, flat)
-        if self._found is None:
+        if self._found is None or (self._shapes is not None and shapes(flat) != self._shapes):
             return self._eager(batch)
         return self._checked(batch, flat) if self._found.is_due() else self._run(flat)
+
+    def _is_known(self, batch: Any) -> bool:
+        """Whether a minibatch is of the kind whose tensors can be told apart."""
+        if isinstance(batch, (RolloutSamples, RolloutBufferSamples, DictRolloutBufferSamples)):
+            return True
+        self._engine.refuse([self._unit], f"its minibatches are a {type(batch).__name__}, not RolloutSamples")
+        return False
 
     # --- finding the compiled function --------------------------------------------------------------------------------
 
@@ -107,6 +121,10 @@ class CompiledUpdate:
         """Find or make the function for things as they are now."""
         self._looked_up = True
         problem, trained_ids = self._problem, {id(parameter) for parameter in self._trained}
+        is_stock = foreign_method(problem.owner, _STEP_METHODS, PACKAGE) is None
+        buffer = problem.owner.rollout_buffer
+        if not is_stock or type(buffer) not in _BUFFERS or "get" in vars(buffer):
+            self._shapes = shapes(flat)
         constants = tuple([value for name, value in problem.hp.__dict__.items() if name not in self._scheduled])
         trained = tuple([id(tensor) in trained_ids for tensor in self._values])
         key = (problem.variant, constants, self._known.number, shapes(flat), trained, tuple(problem.limits))
@@ -118,7 +136,7 @@ class CompiledUpdate:
         is_used = self._engine.used[self._unit, key]
         self._used = [p for p, used in zip(self._trained, is_used, strict=True) if used]
         optimizer = problem.owner.policy.optimizer
-        if self._used and foreign_method(problem.owner, _STEP_METHODS, PACKAGE) is None:
+        if self._used and is_stock:
             self._rule = StepRule.of(optimizer, self._used)
         if self._rule is not None:
             drop_gradients(optimizer, besides=self._used)

@@ -28,7 +28,7 @@ from sb3_pgplus.compiler import Compiled, UntraceableError, compile_function, co
 from sb3_pgplus.core.natural_gradient import MatVec, fisher_vector_product
 from sb3_pgplus.errors import warn_user
 from sb3_pgplus.guards import broken_policy, without_distribution_checks
-from sb3_pgplus.policies import fisher_outputs
+from sb3_pgplus.policies import fisher_outputs, submodules
 from sb3_pgplus.sampling import Draw, noise_of, sample
 from sb3_pgplus.tracing import Known, Snapshot, Tensors, check_policy, fingerprint, foreign_method
 
@@ -157,8 +157,10 @@ class Engine:
     def _inspect(self, modules: dict[str, nn.Module]) -> Known:
         """What is known about some modules, the policy among them, in the state in which they are now."""
         names = tuple(modules)
-        if names in self._inspected and self._inspected[names][0].still_holds():  # nearly always, and quick to see
+        if names in self._inspected and self._inspected[names][0].is_of(modules.values()):  # nearly always, and quick
             return self._inspected[names][1]
+        if any(isinstance(module, th.jit.ScriptModule) for module in submodules(*modules.values())):
+            return Known(0, Tensors({}), "a part of the policy is a ScriptModule")
         fingerprints = fingerprint(modules.values())
         if fingerprints not in self._known:
             if len(self._known) >= _MAX_KNOWN:
@@ -187,6 +189,7 @@ class Engine:
         if key in versions:
             return versions[key]
         if (unit, key) in self._refused:
+            self._reasons[unit] = self._refused[unit, key]
             return None
         if self.keeps_changing(unit):
             return None
@@ -207,10 +210,13 @@ class Engine:
 
         :param unit: its name
         """
-        is_full = len(self._functions.get(unit, {})) >= _MAX_VERSIONS
-        if is_full:
+        if len(self._functions.get(unit, {})) >= _MAX_VERSIONS:
             self._reasons[unit] = f"what it depends on changed more than {_MAX_VERSIONS - 1} times"
-        return is_full
+            return True
+        refusals = [reason for (of, _), reason in self._refused.items() if of == unit]
+        if len(refusals) >= _MAX_VERSIONS:
+            self._reasons[unit] = refusals[-1]
+        return len(refusals) >= _MAX_VERSIONS
 
     def reject(self, unit: str, key: Hashable, reason: str) -> None:
         """
@@ -249,8 +255,9 @@ class Engine:
         if known.refusal is not None:
             self._reasons[unit] = known.refusal
             return eager
-        draws = noise_of(policy.action_space, len(flat[0]), flat[0].device)
-        key = (known.number, shapes(flat))
+        dtype = next((x.dtype for x in policy.parameters()), th.get_default_dtype())
+        draws = noise_of(policy.action_space, len(flat[0]), flat[0].device, dtype)
+        key = (known.number, shapes(flat), dtype)
         found = self.version(unit, key, lambda: _compile_policy_step(policy, known.tensors, observations, draws))
         if found is None:
             return eager
@@ -366,8 +373,13 @@ def _compile_policy_step(policy: Any, tensors: Tensors, observations: Any, draws
     state = th.get_rng_state()  # examples of noise must not move the random stream
     example = [*tensors.values, *flat_observations(observations), *(draw() for draw in draws)]
     th.set_rng_state(state)
-    with without_distribution_checks(), th.no_grad():
-        return Compiled(compile_function(function, [tensor.detach() for tensor in example]))
+    before = dict(vars(policy.action_dist))
+    try:
+        with without_distribution_checks(), th.no_grad():
+            return Compiled(compile_function(function, [tensor.detach() for tensor in example]))
+    finally:  # a trace leaves the distribution of tensors that have no values
+        vars(policy.action_dist).clear()
+        vars(policy.action_dist).update(before)
 
 
 class _FisherProduct:

@@ -64,7 +64,7 @@ def make_environments(
     wrapper_class = wrap if wrappers else None
     try:
         env = make_vec_env(
-            spec.env,
+            _importing_atari(spec.env) if backend != "envpool" else spec.env,
             n_envs,
             seed,
             env_kwargs=env_kwargs,
@@ -93,7 +93,7 @@ def find_environment(env: str) -> None:
     try:
         if colon:
             importlib.import_module(module)
-        elif env.startswith("ALE/") or "NoFrameskip" in env:
+        elif _is_atari(env):
             gym.register_envs(importlib.import_module("ale_py"))
         gym.spec(env_id if colon else env)
     except ImportError as error:
@@ -103,6 +103,15 @@ def find_environment(env: str) -> None:
         raise ConfigError(
             f"unknown environment: {one_line(error)} (an environment of your own: --env package:MyEnv-v0)"
         ) from error
+
+
+def _importing_atari(env: str) -> str:
+    """The id with which other processes know Atari's games as well: they import only what an id says."""
+    return f"ale_py:{env}" if ":" not in env and _is_atari(env) else env
+
+
+def _is_atari(env: str) -> bool:
+    return env.startswith("ALE/") or "NoFrameskip" in env
 
 
 def configured_wrappers(env_wrapper: Any) -> list[Wrapper]:

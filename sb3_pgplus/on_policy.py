@@ -369,7 +369,7 @@ class PolicyGradientPlus(
         on_device = self._trains_on_tensors_of(env)
         to_environment = self._action_converter(on_device)
         policy_step, limited = self._policy_step(), self._threads_for(env.num_envs)
-        watched = not is_known(callback)
+        policy, watched = self.policy, not is_known(callback)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -388,9 +388,10 @@ class PolicyGradientPlus(
             # Callbacks read these local variables under SB3's names.
             callback.update_locals(locals())
             if not callback.on_step():
+                self._value_function = self.policy.predict_values
                 return False
-            if watched and getattr(policy_step, "is_outdated", bool)():  # what a callback changes takes effect at once
-                policy_step = self._policy_step()
+            if watched and (self.policy is not policy or getattr(policy_step, "is_outdated", bool)()):
+                policy, policy_step = self.policy, self._policy_step()  # what a callback changes takes effect at once
 
             self._keep_episode_ends(n_steps, dones, infos)
             n_steps += 1

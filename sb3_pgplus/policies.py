@@ -329,6 +329,8 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> list[nn.Parameter]:
         actor_outputs = log_prob.sum() if entropy is None else log_prob.sum() + entropy.sum()
     policy.set_training_mode(was_training)
     parameters = [p for p in policy.parameters() if p.requires_grad]
+    if not actor_outputs.requires_grad:  # the actor is frozen
+        return parameters
     gradients = th.autograd.grad(actor_outputs, parameters, allow_unused=True)
     return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
@@ -345,7 +347,7 @@ def submodules(*roots: nn.Module) -> list[nn.Module]:
         module = stack.pop()
         if id(module) not in found:
             found[id(module)] = module
-            stack += [child for child in module.__dict__["_modules"].values() if child is not None]
+            stack += [child for child in module._modules.values() if child is not None]
     return list(found.values())
 
 

@@ -9,6 +9,7 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from sb3_pgplus.buffers import (
     RolloutEnd,
@@ -345,9 +346,9 @@ def value_layer(policy: nn.Module) -> nn.Linear:
     :raises ValueError: if the policy has no ``value_net`` of that kind
     """
     layer = getattr(policy, "value_net", None)
-    if not isinstance(layer, nn.Linear) or layer.bias is None:
+    if not isinstance(layer, nn.Linear) or layer.bias is None or is_parametrized(layer):
         raise HyperparameterError(
-            "`normalize_value_targets`=True needs a policy whose critic ends in a linear layer with bias called "
-            f"`value_net` (as SB3's do), but {type(policy).__name__} has {layer!r} there"
+            "`normalize_value_targets`=True needs a policy whose critic ends in a linear layer with bias, without "
+            f"parametrisations, called `value_net` (as SB3's do), but {type(policy).__name__} has {layer!r} there"
         )
     return layer

@@ -14,29 +14,30 @@ from torch.distributions import Bernoulli, Normal
 Draw = Callable[[], th.Tensor]
 
 
-def noise_of(action_space: spaces.Space[Any], n_envs: int, device: th.device) -> list[Draw]:
+def noise_of(action_space: spaces.Space[Any], n_envs: int, device: th.device, dtype: th.dtype) -> list[Draw]:
     """
     What draws the noise of one step, in the order in which torch's distributions draw it.
 
     :param action_space: of the policy
     :param n_envs: N
     :param device: of the policy
+    :param dtype: of the policy
     :return: one function for each independent distribution
     :raises TypeError: on a space that SB3's policies do not know
     """
     if isinstance(action_space, spaces.Box):
-        return [_reused(n_envs, int(np.prod(action_space.shape)), device).normal_]
+        return [_reused(n_envs, int(np.prod(action_space.shape)), device, dtype).normal_]
     if isinstance(action_space, spaces.MultiBinary):
-        return [_reused(n_envs, int(np.prod(action_space.shape)), device).uniform_]
+        return [_reused(n_envs, int(np.prod(action_space.shape)), device, dtype).uniform_]
     if isinstance(action_space, spaces.Discrete):
-        return [_reused(n_envs, int(action_space.n), device).exponential_]
+        return [_reused(n_envs, int(action_space.n), device, dtype).exponential_]
     if isinstance(action_space, spaces.MultiDiscrete):
-        return [_reused(n_envs, int(n), device).exponential_ for n in action_space.nvec]
+        return [_reused(n_envs, int(n), device, dtype).exponential_ for n in action_space.nvec]
     raise TypeError(f"no noise is known for {action_space}")
 
 
-def _reused(n_envs: int, size: int, device: th.device) -> th.Tensor:
-    return th.empty((n_envs, size), device=device)  # every step draws into the same memory
+def _reused(n_envs: int, size: int, device: th.device, dtype: th.dtype) -> th.Tensor:
+    return th.empty((n_envs, size), device=device, dtype=dtype)  # every step draws into the same memory
 
 
 def sample(distribution: Distribution, noise: list[th.Tensor]) -> th.Tensor:

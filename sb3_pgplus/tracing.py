@@ -12,6 +12,7 @@ from operator import is_
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
@@ -29,7 +30,13 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from sb3_pgplus.compiler import UntraceableError
-from sb3_pgplus.policies import NormalizesObservations, ObservationNormalizer, RunningMoments, submodules
+from sb3_pgplus.policies import (
+    NormalizesObservations,
+    ObservationNormalizer,
+    RunningMoments,
+    normalized_policy_class,
+    submodules,
+)
 
 #: Layers whose output depends on input, parameters and plain attributes alone: no chance, no batch statistics.
 _LAYERS: set[type[nn.Module]] = {FlattenExtractor, MlpExtractor, NatureCNN, CombinedExtractor}
@@ -56,7 +63,7 @@ _METHODS = {
 }
 _OWNERS, _NAMES = zip(*_METHODS, strict=True)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PLAIN = frozenset({bool, int, float, str, type(None)})
+_PLAIN = (bool, int, float, str, type(None), np.generic)
 
 
 def check_policy(policy: nn.Module) -> None:
@@ -68,7 +75,9 @@ def check_policy(policy: nn.Module) -> None:
     """
     if has_global_hooks():
         raise UntraceableError("there are hooks on all modules")
-    policy_class = policy.policy_class if isinstance(policy, NormalizesObservations) else type(policy)
+    policy_class = type(policy)
+    if isinstance(policy, NormalizesObservations) and policy_class is normalized_policy_class(policy.policy_class):
+        policy_class = policy.policy_class
     if policy_class not in _POLICIES:
         raise UntraceableError(f"{policy_class.__name__} is not one of SB3's own policies")
     if policy.use_sde:
@@ -77,6 +86,9 @@ def check_policy(policy: nn.Module) -> None:
         raise UntraceableError(f"{type(policy.action_dist).__name__} is not one of the known action distributions")
     if _is_patched():
         raise UntraceableError("a method of a class that it is made of was replaced")
+    extractors = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
+    if policy.share_features_extractor and len({*map(id, extractors)}) > 1:
+        raise UntraceableError("it shares its features extractor, but has several")
     _check_methods("the action distribution", policy.action_dist)
     for name, module in policy.named_modules():
         if module is not policy and type(module) not in _LAYERS:
@@ -107,6 +119,9 @@ def _check_unwatched(name: str, module: nn.Module) -> None:
     if any(getattr(module, hooks) for hooks in _HOOKS):
         raise UntraceableError(f"{name} has hooks")
     _check_methods(name, module)
+    for attribute, value in module.__dict__.items():
+        if isinstance(value, (th.Tensor, np.ndarray)):
+            raise UntraceableError(f"{name}.{attribute} is a tensor or an array, but no buffer")
     for parameter in module.parameters(recurse=False):
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise UntraceableError(f"a parameter of {name} has hooks")
@@ -142,17 +157,20 @@ def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[in
     :return: everything plain that the trace bakes in (types, modes, numbers, what is frozen, shapes, devices), and the
         identities of the tensors
     """
-    plain: list[Any] = [has_global_hooks(), _is_patched()]
+    plain: list[Any] = [has_global_hooks(), _is_patched(), th.get_default_dtype()]
     identities: list[int] = []
-    first: dict[int, int] = {}  # which tensors are the same
+    first: dict[int, int] = {}  # which tensors and which modules are the same
     for module in submodules(*modules):
         attributes = module.__dict__
+        plain.append(first.setdefault(id(module), len(first)))
+        plain += [(name, first.setdefault(id(child), len(first))) for name, child in module._modules.items()]
         # Their number, because a method may be replaced by an attribute.
         plain += (type(module), len(attributes), any([attributes[hooks] for hooks in _HOOKS]))
-        plain += [v for v in attributes.values() if type(v) in _PLAIN or (type(v) is tuple and _is_plain_tuple(v))]
+        plain += [v for v in attributes.values() if isinstance(v, _PLAIN) or (type(v) is tuple and _is_plain_tuple(v))]
         if "action_dist" in attributes:
             distribution = attributes["action_dist"]
-            plain += (id(distribution), len(vars(distribution)))
+            # The first forward pass adds the distribution of its states.
+            plain += (id(distribution), type(distribution), *_entries_of(distribution).keys() - {"distribution"})
         for tensor in (*attributes["_parameters"].values(), *attributes["_buffers"].values()):
             if tensor is not None:
                 plain += (*_layout(tensor), first.setdefault(id(tensor), len(first)))
@@ -167,7 +185,11 @@ def _layout(tensor: Any) -> tuple[Any, ...]:
 
 
 def _is_plain_tuple(value: tuple[Any, ...]) -> bool:
-    return all([type(entry) in _PLAIN for entry in value])
+    return all([isinstance(entry, _PLAIN) for entry in value])
+
+
+def _entries_of(distribution: object) -> dict[str, Any]:
+    return getattr(distribution, "__dict__", {})
 
 
 class Snapshot:
@@ -179,10 +201,11 @@ class Snapshot:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = submodules(*modules)
+        self._roots = list(modules)
+        self._modules = submodules(*self._roots)
         attributes = [module.__dict__ for module in self._modules]
         members = [entries[name] for entries in attributes for name in ("_parameters", "_buffers", "_modules")]
-        distributions = [vars(entries["action_dist"]) for entries in attributes if "action_dist" in entries]
+        distributions = [_entries_of(entries["action_dist"]) for entries in attributes if "action_dist" in entries]
         #: Everything that is looked up by name, and what was found there. Holding that keeps its identity from reuse.
         self._tables: list[dict[str, Any]] = [*attributes, *members]
         self._entries = self._found()
@@ -192,6 +215,14 @@ class Snapshot:
         self._tensors = [x for table in members for x in table.values() if isinstance(x, th.Tensor)]
         self._hooks = [entries[hooks] for entries in attributes for hooks in _HOOKS]
         self._plain = self._changing()
+
+    def is_of(self, modules: Iterable[nn.Module]) -> bool:
+        """
+        Whether it is these modules' and still holds.
+
+        :param modules: as many as it was made of
+        """
+        return all(map(is_, modules, self._roots)) and self.still_holds()
 
     def still_holds(self) -> bool:
         """Whether nothing has been replaced, added or taken away since."""
@@ -204,7 +235,7 @@ class Snapshot:
     def _changing(self) -> tuple[Any, ...]:
         """What can change in place."""
         layouts, types = [*map(_layout, self._tensors)], [*map(type, self._modules)]
-        return layouts, types, any(self._hooks), has_global_hooks(), _is_patched()
+        return layouts, types, any(self._hooks), has_global_hooks(), _is_patched(), th.get_default_dtype()
 
 
 class _Parts(nn.Module):

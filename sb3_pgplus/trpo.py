@@ -150,6 +150,8 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
             entropy_loss = losses.entropy_loss(-batch.old_log_prob if entropy is None else entropy)
         self.logger.record("train/entropy_loss", float(entropy_loss))
         fisher = fisher_outputs(distribution) if hp.fisher_sub_sampling_factor == 1 else None
+        if not loss.requires_grad:
+            raise ValueError("no parameter of the actor requires a gradient, so there is no step to take: unfreeze one")
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         gradients = th.autograd.grad(loss, parameters, retain_graph=fisher is not None, allow_unused=True)
         actor = [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
@@ -329,7 +331,8 @@ def restored(tensors: Iterable[th.Tensor]) -> Iterator[None]:
     finally:
         with th.no_grad():
             for tensor, original in originals:
-                tensor.copy_(original)
+                if not tensor.equal(original):  # what nobody moves may be a view that cannot be written to
+                    tensor.copy_(original)
 
 
 def layer_statistics(policy: nn.Module) -> list[th.Tensor]:

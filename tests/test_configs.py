@@ -534,3 +534,10 @@ def _pretend_missing(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     for module in [name for name in sys.modules if name.startswith(("gymnasium.envs.box2d", "gymnasium.envs.mujoco"))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
+
+
+def test_atari_games_are_known_in_worker_processes_as_well() -> None:
+    pytest.importorskip("ale_py")
+    env = environments.make_environments(configs.EnvironmentSpec("ALE/Pong-v5"), n_envs=2, backend="workers")
+    assert env.reset().shape == (2, 210, 160, 3)
+    env.close()

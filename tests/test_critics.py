@@ -344,3 +344,35 @@ def test_a_compiled_critic_does_not_compute_features_of_images_for_every_minibat
     model._fit_stock_critic = lambda *args: calls.append(1) or original(*args)  # type: ignore[method-assign,func-returns-value]  # to see the call
     model.learn(16)
     assert calls == [1]
+
+
+# --- a frozen actor ---------------------------------------------------------------------------------------------------
+
+
+def with_frozen_actor(cls: Any, **kwargs: Any) -> Any:
+    model = cls("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=32, seed=0, device="cpu", **kwargs)
+    for part in (model.policy.mlp_extractor.policy_net, model.policy.action_net):
+        part.requires_grad_(False)
+    model.policy.log_std.requires_grad_(False)
+    return model
+
+
+def test_the_critics_own_epochs_warm_it_up_beside_a_frozen_actor() -> None:
+    model = with_frozen_actor(PPOPlus, n_epochs=1, n_critic_epochs=4, compile=False)
+    before = {name: parameter.clone() for name, parameter in model.policy.named_parameters()}
+    model.learn(64)
+    moved = {name for name, parameter in model.policy.named_parameters() if not parameter.equal(before[name])}
+    assert moved == {name for name in before if "value" in name}
+
+
+def test_a_trust_region_step_of_a_frozen_actor_says_that_there_is_none() -> None:
+    with pytest.raises(ValueError, match="no parameter of the actor requires a gradient"):
+        with_frozen_actor(TRPOPlus).learn(64)
+
+
+def test_normalised_targets_refuse_a_parametrised_last_layer_that_they_could_not_rescale() -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=32, normalize_value_targets=True, device="cpu")
+    parametrizations.weight_norm(model.policy.value_net)
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters())
+    with pytest.raises(ValueError, match="without parametrisations"):
+        model.learn(64)

@@ -1,5 +1,6 @@
 """The engine: compiled updates and policy steps equal the eager ones, and what cannot be compiled safely is not."""
 
+import dataclasses
 import functools
 import math
 import pickle
@@ -18,12 +19,12 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, updates
+from sb3_pgplus import A2CPlus, PPOPlus, TorchRolloutBuffer, TRPOPlus, updates
 from sb3_pgplus.compiled_update import clip_by_norm
 from sb3_pgplus.compiler import Compiled, UntraceableError, compile_function, compile_in_two
 from sb3_pgplus.core import losses
 from sb3_pgplus.engine import COSTS, Engine
-from sb3_pgplus.policies import set_training_mode
+from sb3_pgplus.policies import normalized_policy_class, set_training_mode
 from sb3_pgplus.sampling import noise_of
 from sb3_pgplus.tracing import Snapshot, Tensors, check_policy, fingerprint
 
@@ -445,6 +446,155 @@ def test_a_plain_attribute_that_changes_after_compiling_takes_effect() -> None:
     th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
 
 
+def test_a_policy_put_in_the_place_of_another_is_the_one_that_acts_and_learns() -> None:
+    def replaced(compile: bool) -> Any:
+        model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=compile).learn(2 * ITERATION)
+        other = PPOPlus("MlpPolicy", "Pendulum-v1", **{**PPO, "seed": 8}).policy
+        with th.no_grad():
+            other.value_net.bias.fill_(1000.0)
+        model.predict(np.zeros((2, 3), np.float32))  # leaves the old one in evaluation mode
+        model.policy = other
+        return model.learn(ITERATION)
+
+    compiled, eager = replaced(True), replaced(False)
+    assert "policy step: compiled" in compiled.engine_report()
+    assert compiled.rollout_buffer.values.mean() > 900
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_policy_replaced_in_mid_rollout_acts_from_the_next_step_on(compile: bool) -> None:
+    other = PPOPlus("MlpPolicy", "Pendulum-v1", **{**PPO, "seed": 8}).policy
+    with th.no_grad():
+        other.value_net.bias.fill_(1000.0)
+
+    values: list[float] = []
+
+    class Replaces(BaseCallback):
+        def _on_step(self) -> bool:
+            values.append(float(self.locals["values"].mean()))
+            if self.n_calls == 10:
+                self.model.policy = other
+            return True
+
+    PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=compile).learn(ITERATION, Replaces())
+    assert max(values[:10]) < 100 and min(values[10:]) > 900
+
+
+def test_minibatches_of_another_layout_than_the_first_are_not_misread() -> None:
+    class Transposes(TorchRolloutBuffer):
+        """As an augmentation of images may: equal numbers, other strides."""
+
+        def get(self, *args: Any, **kwargs: Any) -> Any:
+            for i, samples in enumerate(super().get(*args, **kwargs)):
+                observations = samples.observations
+                yield samples._replace(observations=observations.t().contiguous().t() if i % 4 == 2 else observations)
+
+    kwargs = {**PPO, "n_steps": 64, "rollout_buffer_class": Transposes}  # four minibatches
+    compiled, eager = compiled_and_eager(PPOPlus, "Pendulum-v1", 128, **kwargs)
+    assert "update: compiled" in compiled.engine_report()
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
+
+
+def test_minibatches_of_a_users_own_kind_are_left_to_the_eager_update() -> None:
+    @dataclasses.dataclass
+    class Sample:
+        observations: Any
+        actions: Any
+        old_values: Any
+        old_log_prob: Any
+        advantages: Any
+        returns: Any
+
+    class Own(TorchRolloutBuffer):
+        def get(self, *args: Any, **kwargs: Any) -> Any:
+            for samples in super().get(*args, **kwargs):
+                yield Sample(*samples[:6])
+
+    kwargs = {**PPO, "recompute_advantages": False}
+    model = trained(PPOPlus, "Pendulum-v1", ITERATION, **kwargs, rollout_buffer_class=Own, compile=True)
+    assert "update: eager, its minibatches are a Sample, not RolloutSamples" in model.engine_report()
+
+
+def test_a_features_extractor_replaced_under_one_of_its_names_is_not_compiled() -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True)
+    model.policy.features_extractor = nn.Sequential(nn.Flatten(), nn.Linear(3, 3))
+    with pytest.raises(UntraceableError, match="shares its features extractor, but has several"):
+        check_policy(model.policy)
+
+
+def test_the_fingerprint_sees_numpys_numbers_and_which_module_is_where() -> None:
+    first, second = (nn.Sequential(nn.Linear(3, 3)) for _ in range(2))
+    pair, turned = nn.ModuleList([first, second, first]), nn.ModuleList([second, first, first])
+    assert fingerprint([pair])[0] != fingerprint([turned])[0]
+    slopes = [nn.LeakyReLU(np.float64(slope)) for slope in (0.1, 0.1, 0.2)]
+    assert [fingerprint([x])[0] == fingerprint(slopes[:1])[0] for x in slopes] == [True, True, False]
+
+
+def test_a_tensor_that_is_no_buffer_is_not_baked_in() -> None:
+    policy = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, activation_fn="leaky_relu").policy
+    policy.mlp_extractor.policy_net[1].negative_slope = th.tensor(0.1)
+    with pytest.raises(UntraceableError, match=r"policy_net\.1\.negative_slope is a tensor or an array, but no buffer"):
+        check_policy(policy)
+
+
+def test_another_default_type_after_compiling_changes_nothing() -> None:
+    def widened(compile: bool) -> Any:
+        model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=compile).learn(ITERATION)
+        th.set_default_dtype(th.float64)
+        try:
+            return model.learn(ITERATION)
+        finally:
+            th.set_default_dtype(th.float32)
+
+    compiled, eager = widened(True), widened(False)
+    assert "policy step: compiled" in compiled.engine_report()
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
+
+
+def test_a_subclass_of_the_class_that_normalises_is_a_policy_of_ones_own() -> None:
+    class Own(normalized_policy_class(ActorCriticPolicy)):  # type: ignore[misc]  # a class made at run time
+        pass
+
+    policy = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO).policy
+    check_policy(policy)
+    policy.__class__ = Own
+    with pytest.raises(UntraceableError, match="Own is not one of SB3's own policies"):
+        check_policy(policy)
+
+
+def test_scripted_modules_train_eagerly() -> None:
+    class Scripted(BaseFeaturesExtractor):
+        def __init__(self, observation_space: Any) -> None:
+            super().__init__(observation_space, 8)
+            self.net = th.jit.script(nn.Sequential(nn.Linear(3, 8), nn.Tanh()))
+
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            return self.net(observations)
+
+    kwargs = {**PPO, "policy_kwargs": {"features_extractor_class": Scripted}}
+    model = trained(PPOPlus, "Pendulum-v1", ITERATION, **kwargs, compile=True)
+    assert "update: eager, a part of the policy is a ScriptModule" in model.engine_report()
+
+
+def test_the_distribution_of_the_policy_has_values_also_after_compiling() -> None:
+    class Looks(BaseCallback):
+        seen: tuple[float, ...] = ()
+
+        def _on_step(self) -> bool:
+            self.seen += (float(self.model.policy.action_dist.distribution.stddev.mean()),)
+            cloudpickle.dumps(self.model.policy)
+            return self.n_calls < 40
+
+    looks = Looks()
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True)
+    model.policy(th.zeros(1, 3))
+    model.learn(2 * ITERATION, looks)  # ends in mid-rollout
+    assert len(looks.seen) == 40 and all(np.isfinite(looks.seen))
+    assert "policy step: compiled (1 version(s)" in model.engine_report()
+    cloudpickle.dumps(model)
+
+
 def test_a_method_replaced_on_the_policy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True)
     original, calls = model.policy.evaluate_actions, []
@@ -486,6 +636,30 @@ def test_something_that_keeps_changing_is_not_compiled_again_and_again() -> None
     assert [version is None for version in versions] == [False] * 4 + [True] * 2
     assert len(built) == 4
     assert "changed more than 3 times" in engine.report()
+
+
+def test_what_cannot_be_compiled_is_not_tried_again_and_again() -> None:
+    engine, tried = Engine(True), list[int]()
+
+    def build() -> Any:
+        tried.append(1)
+        raise RuntimeError("no room on the disk")
+
+    assert all(engine.version("update", number, build) is None for number in range(20))
+    assert len(tried) == 4
+    assert engine.report() == "update: eager, the compiler failed: no room on the disk"
+
+
+def test_the_report_still_says_why_in_a_later_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", lambda *_, **__: 1 / 0)
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True)
+    for _ in range(3):
+        model.learn(ITERATION)
+        lines = model.engine_report().splitlines()
+        assert [line.partition(":")[0] for line in lines] == ["update", "policy step"]
+        assert all("the compiler failed: division by zero" in line for line in lines)
 
 
 def test_without_a_compiler_training_goes_on_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -644,7 +818,7 @@ def test_a_tensor_in_two_places_is_replaced_in_both() -> None:
 
 def test_no_noise_is_known_for_a_tuple() -> None:
     with pytest.raises(TypeError, match="no noise is known for"):
-        noise_of(spaces.Tuple([spaces.Discrete(2)]), 1, th.device("cpu"))
+        noise_of(spaces.Tuple([spaces.Discrete(2)]), 1, th.device("cpu"), th.float32)
 
 
 def test_stock_policies_pass_the_check() -> None:

@@ -268,6 +268,12 @@ def test_backend_of_looks_through_wrappers():
         ({"backend": "cuda"}, ValueError, "`backend` must be one of 'auto', 'dummy', .*'mujoco'.*, got 'cuda'"),
         ({"backend": None}, ValueError, "`backend` must be one of .*, got None"),
         ({"backend": "dummy", "n_threads": 2}, ValueError, "it has no threads to choose, and `n_threads` is 2"),
+        ({"vec_env_cls": DummyVecEnv, "n_threads": 2}, ValueError, "`vec_env_cls` has no threads to choose"),
+        (
+            {"backend": "workers", "n_threads": 2, "vec_env_kwargs": {"n_workers": 1}},
+            ValueError,
+            "`n_threads` and `n_workers` in `vec_env_kwargs` say the same",
+        ),
         ({"backend": "dummy", "vec_env_cls": DummyVecEnv}, ValueError, "`vec_env_cls` names a class and `backend="),
         ({"env_id": "HalfCheeta-v5"}, ValueError, "`env_id` 'HalfCheeta-v5' is unknown: .*HalfCheetah"),
         ({"env_id": "no_such_package:Env-v0"}, ValueError, "`env_id` 'no_such_package:Env-v0' is unknown"),
@@ -287,6 +293,33 @@ def test_numpys_integers_are_integers():
 @pytest.mark.filterwarnings("ignore:.*Using the latest versioned environment")
 def test_an_id_without_a_version_is_completed_by_gymnasium():
     assert make_vec_env("CartPole").num_envs == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*Using the latest versioned environment")
+def test_an_id_without_a_version_may_have_a_namespace():
+    gym.register("Somewhere/Reacher-v3", entry_point=reacher)
+    try:
+        assert make_vec_env("Somewhere/Reacher").num_envs == 1
+        with pytest.raises(ValueError, match="unknown"):
+            make_vec_env("Elsewhere/Reacher")
+    finally:
+        del gym.registry["Somewhere/Reacher-v3"]
+
+
+def test_workers_named_as_a_class_get_their_settings():
+    env = make_vec_env("CartPole-v1", 2, vec_env_cls=WorkersVecEnv, n_threads=1, full_infos=True)
+    assert len(env._processes) == 1
+    env.reset()
+    assert "TimeLimit.truncated" in dict(env.step([0, 0])[3][0])
+    env.close()
+
+
+def test_monitors_files_have_the_id_without_its_module(tmp_path):
+    for backend in ("mujoco", "dummy"):
+        folder = tmp_path / backend
+        make_vec_env("gymnasium:Reacher-v5", 2, backend=backend, monitor_dir=str(folder)).close()
+        for file in folder.iterdir():
+            assert '"env_id": "Reacher-v5"' in file.read_text()
 
 
 def test_every_backend_is_documented_by_its_name():

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecNorma
 
 pytest.importorskip("mujoco", minversion="3.17")
 
-from sb3_pgplus.vec_env import make_vec_env, mujoco_tasks
+from sb3_pgplus.vec_env import backend_of, make_vec_env, mujoco_tasks
 from sb3_pgplus.vec_env.common import usable_cpus
 from sb3_pgplus.vec_env.mujoco import MujocoVecEnv
 
@@ -142,6 +142,19 @@ def test_simulations_that_diverge_and_are_reset_inside_a_step_are_equal(task, mo
     reference, env = pair(task, 2, xml_file=path, max_episode_steps=15)
     assert_same_rollouts(reference, env, random_actions(env, 30))
     assert "unstable" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("addition", "why"), [
+    ('<sensor><accelerometer name="a" site="s"/></sensor>', "sensors that compute contact forces"),
+    ('<option sleep_tolerance="1e-2"><flag sleep="enable"/></option>', "bodies that may sleep"),
+])  # fmt: skip
+def test_models_whose_results_would_differ_are_refused_and_auto_steps_them_one_by_one(addition, why, tmp_path):
+    sites = ('<geom name="torso_geom"', '<site name="s"/><geom name="torso_geom"')
+    path = edited_model(tmp_path, "ant.xml", sites, ("</mujoco>", f"{addition}</mujoco>"))
+    arguments = {"env_id": "Ant-v5", "n_envs": 2, "env_kwargs": {"xml_file": path}}
+    with pytest.raises(ValueError, match=why):
+        make_vec_env(**arguments, backend="mujoco")
+    assert backend_of(make_vec_env(**arguments)) == "serial"
 
 
 def test_squares_and_norms_round_as_those_of_single_numbers_and_vectors():

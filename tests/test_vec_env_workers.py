@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -68,6 +69,60 @@ class Breaks(Scripted):
         if self.where == "step" and self.steps == 2:
             self.break_now()
         return super().step(action)
+
+
+class StartsPrograms(Scripted):
+    """Starts a program, as simulators are, and ends it or not."""
+
+    def __init__(self, ends: str = "", breaks: bool = False) -> None:
+        super().__init__((10,))
+        self.ends, self.breaks = ends, breaks
+        self.program = subprocess.Popen(["sleep", "300"])
+
+    def pid(self):
+        return self.program.pid
+
+    def step(self, action):
+        if self.breaks:
+            raise ConnectionError("the simulator is lost")
+        return super().step(action)
+
+    def close(self):
+        if self.breaks:
+            raise ConnectionError("nobody to say goodbye to")
+        if self.ends:
+            self.program.terminate()
+            self.program.wait()
+            Path(self.ends).write_text("ended")
+
+
+class Chained(gym.Wrapper):
+    """Makes one episode of two, around the Monitor that knows of both."""
+
+    def reset(self, **kwargs):
+        self.is_second = False
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        if (terminated or truncated) and not self.is_second:
+            self.is_second = True
+            observation, _ = super().reset()
+            return observation, reward, False, False, info
+        return observation, reward, terminated, truncated, info
+
+
+class UnsendableError(Exception):
+    """Is made of two arguments and holds a lock."""
+
+    def __init__(self, first, second):
+        super().__init__(first)
+        self.lock = threading.Lock()
+
+
+class RaisesUnsendable(Scripted):
+    def complain(self):
+        raise UnsendableError("out of oil", 1)
 
 
 class Echo(gym.Env):
@@ -219,6 +274,34 @@ def test_what_a_method_raises_is_raised_with_its_environment_and_the_workers_liv
     assert env.reset().shape == (4, 3)
 
 
+def test_an_exception_that_cannot_be_sent_is_told_and_the_workers_live_on(build):
+    env = build([lambda: RaisesUnsendable((3,))] * 2, n_workers=1)
+    with pytest.raises(RuntimeError, match="cannot be sent") as caught:
+        env.env_method("complain")
+    assert "environment 0" in caught.value.__notes__[0] and "out of oil" in caught.value.__notes__[0]
+    assert env.reset().shape == (2, 3)
+
+
+def test_attributes_are_read_in_the_middle_of_a_step_without_losing_it(build):
+    ours, theirs = build(scripted((3,), (3,)), n_workers=2), DummyVecEnv(scripted((3,), (3,)))
+    for env in (ours, theirs):
+        env.seed(3)
+        env.reset()
+        env.step_async(np.ones((2, 2)))
+    assert ours.get_attr("lengths") == theirs.get_attr("lengths")
+    assert_same(ours.step_wait()[:3], theirs.step_wait()[:3])
+
+
+def test_episodes_that_end_inside_a_wrapper_are_told_as_in_sb3(build):
+    def episodes(env):
+        env.reset()
+        infos = [info for _ in range(12) for info in env.step(np.zeros((1, 2)))[3]]
+        return [info["episode"]["l"] for info in infos if "episode" in info]
+
+    fns = [lambda: Chained(Monitor(Scripted((3,))))]
+    assert episodes(build(fns)) == episodes(DummyVecEnv(fns)) == [3, 3, 3, 3]
+
+
 def test_functions_that_share_an_object_get_copies_of_it(build):
     shared = Scripted((3,))
     env = build([lambda: shared, lambda: shared], n_workers=1)
@@ -256,6 +339,44 @@ def test_a_breaking_environment_is_named_and_every_process_ended(how, said, buil
 def test_an_environment_that_breaks_early_is_named(how, where, said, build):
     with pytest.raises(WorkerError, match=said):
         play(build(breaking(how, where, at=0, n_envs=2), n_workers=2), 5)
+
+
+def test_environments_can_end_the_programs_they_have_started(tmp_path, build):
+    env = build([lambda: StartsPrograms(str(tmp_path / "marker"))])
+    env.reset()
+    env.close()
+    assert (tmp_path / "marker").read_text() == "ended"
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_programs_that_environments_leave_running_are_ended(breaks, build):
+    env = build([lambda: StartsPrograms(breaks=breaks)] * 2, n_workers=1)
+    env.reset()
+    programs = env.env_method("pid")
+    assert all(is_running(pid) for pid in programs)
+    if breaks:
+        with pytest.raises(WorkerError, match="the simulator is lost"):
+            env.step(np.zeros((2, 2)))
+    env.close()
+    wait_until_gone(programs)
+
+
+def test_threads_that_environments_leave_running_are_not_waited_for(build):
+    def start():
+        threading.Thread(target=time.sleep, args=(100,)).start()
+        return Scripted((3,))
+
+    env = build([start])
+    env.close()
+    assert [process.exitcode for process in env._processes] == [0]
+
+
+def test_a_failed_step_that_nobody_waited_for_is_told_at_the_reset(build):
+    env = build(breaking("raise"), n_workers=2)
+    play(env, 2)
+    env.step_async(np.zeros((4, 2)))
+    with pytest.raises(WorkerError, match="environment 3 raised an error in step"):
+        env.reset()
 
 
 def test_a_timeout_is_for_one_call_not_for_all_environments_of_a_worker(build):
@@ -315,9 +436,18 @@ def test_a_reset_in_the_middle_of_a_step_starts_new_episodes(build):
     assert_same(env.get_attr("steps"), [0, 0])
 
 
-@pytest.mark.parametrize("arguments, said", [({"env_fns": []}, "no environments"), ({"n_workers": 0}, "n_workers")])
-def test_nonsense_is_refused(arguments, said):
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize("arguments, error, said", [
+    ({"env_fns": []}, ValueError, "no environments"),
+    ({"n_workers": 0}, ValueError, "`n_workers` must be an integer of at least 1, got 0"),
+    ({"n_workers": True}, TypeError, "`n_workers` must be an integer"),
+    ({"n_workers": 1.5}, TypeError, "`n_workers` must be an integer"),
+    ({"timeout": -1}, ValueError, "`timeout` must be above 0 and at most 1000000 s, or None, got -1"),
+    ({"timeout": float("inf")}, ValueError, "`timeout` must be above 0"),
+    ({"timeout": float("nan")}, ValueError, "`timeout` must be above 0"),
+    ({"timeout": "9"}, TypeError, "`timeout` must be a number of seconds or None, got '9'"),
+])  # fmt: skip
+def test_nonsense_is_refused(arguments, error, said):
+    with pytest.raises(error, match=said):
         WorkersVecEnv(**({"env_fns": scripted((3,))} | arguments))
 
 
@@ -397,6 +527,30 @@ def test_a_program_that_forgets_to_close_ends_all_the_same(tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 5, done.stderr
+    wait_until_gone([int(pid) for pid in done.stdout.split("\n")[0].split()])
+
+
+def test_a_process_of_multiprocessings_that_forgets_to_close_ends_all_the_same(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import multiprocessing, sys
+        import gymnasium as gym
+        from sb3_pgplus.vec_env import WorkersVecEnv
+        kept = []
+        def trial():
+            kept.append(WorkersVecEnv([lambda: gym.make("CartPole-v1")] * 2))
+            kept[0].reset()
+            print(*(process.pid for process in kept[0]._processes), flush=True)
+        if __name__ == "__main__":
+            process = multiprocessing.get_context("spawn").Process(target=trial)
+            process.start()
+            process.join()
+            sys.exit(process.exitcode)
+    """)
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     wait_until_gone([int(pid) for pid in done.stdout.split("\n")[0].split()])
 
 

@@ -20,7 +20,7 @@ from sb3_pgplus.evaluation import EVALUATION_SEED, PlayedEpisodes, play_episodes
 from sb3_pgplus.files import write_atomically
 from sb3_pgplus.playing import EVALUATION_ENVS, check_spaces, record_episodes, record_vec_env
 from sb3_pgplus.statistics import iqm, iqm_interval
-from sb3_pgplus.vec_env.make import check_integer
+from sb3_pgplus.vec_env.common import check_integer
 
 DEFAULT_EVERY = 10_000
 #: What `state_dict` holds: all of it plain numbers, strings and lists.

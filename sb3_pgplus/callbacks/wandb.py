@@ -27,7 +27,7 @@ from sb3_pgplus.callbacks.wandb_run import (
     wandb,  # with an error that names the extra
 )
 from sb3_pgplus.errors import warn_user
-from sb3_pgplus.vec_env.make import check_integer
+from sb3_pgplus.vec_env.common import check_integer
 
 STEP = "global_step"
 """The x-axis of every metric: environment steps."""

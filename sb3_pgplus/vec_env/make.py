@@ -6,7 +6,6 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -15,6 +14,7 @@ from stable_baselines3.common import env_util
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_pgplus.errors import BackendError
+from sb3_pgplus.vec_env.common import check_integer, check_switch
 from sb3_pgplus.vec_env.episodes import MONITOR_ARGUMENTS, EpisodeMonitor
 from sb3_pgplus.vec_env.serial import SerialVecEnv
 
@@ -148,14 +148,14 @@ def build_fastest(request: Request) -> tuple[VecEnv, str]:
     :param request: what to build
     :return: the environments, and the reason if it is not the batch
     """
+    if request.vec_env_cls is not None:
+        return _named_class(request), " (`vec_env_cls` says so)"
     try:
-        if request.vec_env_cls is not None:
-            raise BackendError("`vec_env_cls` says so")
         if request.n_envs == 1:
             raise BackendError("there is nothing to gain with one copy")
         return _mujoco(request, verify=True), ""
     except BackendError as error:
-        return build_with_sb3(request, request.vec_env_cls or SerialVecEnv), f" (not 'mujoco': {error})"
+        return build_with_sb3(request, SerialVecEnv), f" (not 'mujoco': {error})"
 
 
 def build_with_sb3(request: Request, vec_env_cls: type[VecEnv] | None = None) -> VecEnv:
@@ -191,8 +191,20 @@ def _subproc(request: Request) -> VecEnv:
 def _workers(request: Request) -> VecEnv:
     from sb3_pgplus.vec_env.workers import WorkersVecEnv
 
+    if request.n_threads is not None and "n_workers" in request.vec_env_kwargs:
+        raise BackendError("`n_threads` and `n_workers` in `vec_env_kwargs` say the same: give one of the two")
     settings = {"n_workers": request.n_threads, "full_infos": request.full_infos, **request.vec_env_kwargs}
-    return build_with_sb3(replace(request, vec_env_kwargs=settings), WorkersVecEnv)
+    return build_with_sb3(replace(request, vec_env_kwargs=settings), request.vec_env_cls or WorkersVecEnv)
+
+
+def _named_class(request: Request) -> VecEnv:
+    from sb3_pgplus.vec_env.workers import WorkersVecEnv
+
+    if isinstance(request.vec_env_cls, type) and issubclass(request.vec_env_cls, WorkersVecEnv):
+        return _workers(request)
+    if request.n_threads is not None:
+        raise ValueError(f"`vec_env_cls` has no threads to choose, and `n_threads` is {request.n_threads}")
+    return build_with_sb3(request)
 
 
 def _mujoco(request: Request, verify: bool = False) -> VecEnv:
@@ -251,7 +263,8 @@ def finish(env: MujocoVecEnv | GymnasiumVecEnv, request: Request) -> VecEnv:
     :param request: what was asked for
     """
     r = request
-    env.episodes = EpisodeMonitor(r.n_envs, str(r.env_id), r.monitor_dir, r.start_index, **r.monitor_kwargs)
+    name = str(r.env_id).rpartition(":")[2]  # without the module, as `Monitor` has it
+    env.episodes = EpisodeMonitor(r.n_envs, name, r.monitor_dir, r.start_index, **r.monitor_kwargs)
     if request.seed is not None:
         env.action_space.seed(request.seed + request.start_index)
     env.seed(request.seed)
@@ -309,37 +322,14 @@ def check_env_id(env_id: Any) -> Any:
     try:
         if colon:
             importlib.import_module(module)
-        if gym.registry.get(name) is None and name not in {spec.name for spec in gym.registry.values()}:
+        unversioned = {
+            f"{spec.namespace}/{spec.name}" if spec.namespace else spec.name for spec in gym.registry.values()
+        }
+        if gym.registry.get(name) is None and name not in unversioned:
             gym.spec(name)  # knows similar names; an id without a version is for gymnasium.make to complete
     except (ImportError, gym.error.Error) as error:
         raise ValueError(f"`env_id` {env_id!r} is unknown: {error}") from error
     return env_id
-
-
-def check_integer(name: str, value: Any, minimum: int) -> int:
-    """
-    :param name: of the argument
-    :param value: what was given
-    :param minimum: the smallest value allowed
-    :raises TypeError: if it is not an integer
-    :raises ValueError: if it is too small
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"`{name}` must be an integer of at least {minimum}, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value}")
-    return int(value)
-
-
-def check_switch(name: str, value: Any) -> bool:
-    """
-    :param name: of the argument
-    :param value: what was given
-    :raises TypeError: if it is not a bool
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, got {value!r}")
-    return value
 
 
 def refuse_threads(request: Request) -> None:

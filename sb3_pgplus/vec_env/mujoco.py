@@ -23,8 +23,9 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.errors import BackendError
-from sb3_pgplus.vec_env.common import Array, indices_of, usable_cpus
+from sb3_pgplus.vec_env.common import Array, check_integer, indices_of, usable_cpus
 from sb3_pgplus.vec_env.episodes import RUNNING, EpisodeMonitor, running_infos
+from sb3_pgplus.vec_env.mujoco_data import hidden_state
 from sb3_pgplus.vec_env.mujoco_tasks import ALL, TASKS, Outcome, Rows, Task
 from sb3_pgplus.vec_env.state_trees import generator_from, to_tree
 
@@ -72,7 +73,7 @@ class MujocoVecEnv(VecEnv):
     ) -> None:
         task_class, batch_class = find_task(env_id), find_batch_class()
         self._env = make_template(env_id, env_kwargs or {}, task_class)
-        self.n_threads = n_threads or min(n_envs, usable_cpus())
+        self.n_threads = min(n_envs, usable_cpus()) if n_threads is None else check_integer("n_threads", n_threads, 1)
         model = self._env.unwrapped.model
         self._batch = make_batch(batch_class, model, n_envs, self.n_threads, task_class.needs_contact_forces)
         self._task: Task | None = task_class(self._env.unwrapped, self._batch)
@@ -395,9 +396,19 @@ def make_template(env_id: str, env_kwargs: Mapping[str, Any], task_class: type[T
         raise BackendError(f"{env_id} is a {type(layer).__name__}, not the task that its id promises")
     if env.render_mode not in (None, "rgb_array"):
         raise BackendError(f"`render_mode` may be 'rgb_array' or None here, not {env.render_mode!r}")
-    if layer.model.nplugin:
-        raise BackendError(f"the model of {env_id} has engine plugins, which may keep a state of their own")
+    if reason := hidden_state(layer.model):
+        raise BackendError(f"the model of {env_id} has {reason}")
+    if task_class.needs_contact_forces and _has_force_sensors(layer.model):
+        raise BackendError(f"the model of {env_id} has sensors that compute contact forces, also at a reset")
     return env
+
+
+def _has_force_sensors(model: Any) -> bool:
+    """:return: whether MuJoCo computes the forces between bodies for sensors; otherwise it does on request only"""
+    import mujoco
+
+    kinds = ("ACCELEROMETER", "FORCE", "TORQUE", "FRAMELINACC", "FRAMEANGACC")
+    return bool(np.isin(model.sensor_type, [getattr(mujoco.mjtSensor, f"mjSENS_{kind}") for kind in kinds]).any())
 
 
 def make_batch(batch_class: Any, model: Any, n_envs: int, n_threads: int, persistent: bool) -> Any:

@@ -23,15 +23,13 @@ def simulation_to_tree(env: Any) -> Tree:
 
     :param env: an unwrapped ``MujocoEnv``
     :return: ``"integration"``, and the derived fields in one array for each type
-    :raises NotImplementedError: if engine plugins keep a state of their own
+    :raises NotImplementedError: if there is more to the state, see :func:`hidden_state`
     """
     import mujoco
 
     model, data, spec = env.model, env.data, mujoco.mjtState.mjSTATE_INTEGRATION
-    if model.nplugin:
-        raise NotImplementedError(
-            f"the model of {type(env).__name__} has engine plugins, which may keep a state of their own"
-        )
+    if reason := hidden_state(model):
+        raise NotImplementedError(f"the model of {type(env).__name__} has {reason}")
     integration = np.empty(mujoco.mj_stateSize(model, spec))
     mujoco.mj_getState(model, data, integration, spec)
     fields = _derived(model, data)
@@ -64,6 +62,22 @@ def restore_simulation(env: Any, tree: Tree) -> None:
         for array in arrays:
             array[...] = tree[str(dtype)][start : start + array.size].reshape(array.shape)
             start += array.size
+
+
+def hidden_state(model: Any) -> str:
+    """
+    Say what of a model's state MuJoCo does not count among it.
+
+    :param model: MuJoCo's
+    :return: empty if there is nothing
+    """
+    import mujoco
+
+    if model.nplugin:
+        return "engine plugins, which may keep a state of their own"
+    if model.opt.enableflags & getattr(mujoco.mjtEnableBit, "mjENBL_SLEEP", 0):  # MuJoCo 3.4 and newer
+        return "bodies that may sleep, and which ones do is not part of the state"
+    return ""
 
 
 def _derived(model: Any, data: Any) -> dict[np.dtype[Any], list[Array]]:

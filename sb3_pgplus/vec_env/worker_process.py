@@ -11,6 +11,7 @@ import contextlib
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -199,7 +200,8 @@ class Worker:
                 info["terminal_observation"] = observation
                 observation, reset_info = env.reset()
             self._write(index, observation)
-            if done or self._full_infos:
+            # A wrapper around the Monitor may go on where an episode has ended.
+            if done or self._full_infos or "episode" in info:
                 events.append(Event(index, info, reset_info))
         return events or None
 
@@ -283,8 +285,9 @@ def run_worker(pipe: Connection, env_fns: Sequence[bytes], first: int, progress:
     """
     # Ctrl-C reaches every process of the terminal, and SIGTERM every process of a cluster's job; the parent decides
     # what becomes of this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Not SIG_IGN: programs that an environment starts would inherit that, and not end when it asks them to.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: None)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # what environments start belongs to it, see kill_group
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -298,6 +301,10 @@ def run_worker(pipe: Connection, env_fns: Sequence[bytes], first: int, progress:
                 env.close()
             except Exception:  # the others want to be closed, too
                 traceback.print_exc()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(0)  # without waiting for threads that environments have left
 
 
 def _end_with_parent() -> None:

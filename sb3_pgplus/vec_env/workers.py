@@ -8,20 +8,18 @@ a byte for "step" and a byte for "done", and infos where an episode ended.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import itertools
 import multiprocessing as mp
-import os
 import pickle
 import select
 import signal
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 import gymnasium as gym
@@ -30,7 +28,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
 from sb3_pgplus.errors import WorkerError
-from sb3_pgplus.vec_env.common import Array, Indices, indices_of, usable_cpus
+from sb3_pgplus.vec_env.common import Array, Indices, check_integer, indices_of, usable_cpus
 from sb3_pgplus.vec_env.episodes import running_infos
 from sb3_pgplus.vec_env.shared_arrays import SharedArrays
 from sb3_pgplus.vec_env.worker_process import (
@@ -50,6 +48,7 @@ from sb3_pgplus.vec_env.worker_process import (
 
 _SECONDS_TO_START = 120.0  # to start Python and to import the environments' packages, on a busy machine
 _SECONDS_TO_CLOSE = 10.0
+_LONGEST_TIMEOUT = 1_000_000  # a poll takes milliseconds in an int
 
 
 class WorkersVecEnv(VecEnv):
@@ -80,20 +79,18 @@ class WorkersVecEnv(VecEnv):
     ) -> None:
         if not env_fns:
             raise ValueError("there are no environments")
-        if n_workers is not None and n_workers < 1:
-            raise ValueError(f"`n_workers` has to be positive, got {n_workers}")
         n_envs = len(env_fns)
-        n_workers = min(n_envs, n_workers or usable_cpus())
-        self.timeout = timeout
+        n_workers = min(n_envs, usable_cpus() if n_workers is None else check_integer("n_workers", n_workers, 1))
+        self.timeout = _check_timeout(timeout)
         self._waiting = False
+        self._step_replies: dict[int, bytes] = {}
         self._request = "starting"
         self._pending = [False] * n_workers
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        # Also at the interpreter's end, and when nobody refers to this object any more.
-        self._finalizer = weakref.finalize(self, _stop, os.getpid(), self._pipes, self._processes)
-        # A finalizer may run after multiprocessing's own exit function, which waits for workers that ignore SIGTERM.
-        atexit.register(self._finalizer)
+        # Also when nobody refers to this object any more, and at the end of the interpreter or of a process of
+        # multiprocessing's, before that would wait for workers that do not listen to SIGTERM. Not in a fork.
+        self._finalizer = Finalize(self, _stop, (self._pipes, self._processes), exitpriority=10)
         try:
             self._start(env_fns, n_workers, start_method or _default_start_method(), full_infos)
             observation_space, action_space, metadata = self._share_memory(n_envs)
@@ -148,6 +145,7 @@ class WorkersVecEnv(VecEnv):
 
         :return: observations ``[N, ...]``, a dict of such for Dict spaces
         """
+        self._discard_step()
         requests = {
             worker: (self._seeds[envs.start : envs.stop], self._options[envs.start : envs.stop])
             for worker, envs in enumerate(self._envs_of)
@@ -163,7 +161,7 @@ class WorkersVecEnv(VecEnv):
         """
         :param actions: ``[N, ...]``
         """
-        self._finish_requests()
+        self._discard_step()
         actions = np.asarray(actions)
         if actions.dtype != self._actions.dtype or actions.shape != self._actions.shape:
             self._use_actions(actions)
@@ -194,11 +192,12 @@ class WorkersVecEnv(VecEnv):
         self._check_open()
         if not self._waiting:
             raise RuntimeError("step_wait() needs a step_async() before it")
-        replies = [self._receive(worker) for worker in range(len(self._pipes))]
+        self._finish_requests()
+        replies, self._step_replies = self._step_replies, {}
         self._waiting = False
         infos = running_infos(self.num_envs)
-        for reply in replies:
-            events: list[Event] = self._result(reply) or []
+        for worker in range(len(self._pipes)):
+            events: list[Event] = self._result(replies[worker]) or []
             for index, info, reset_info in events:
                 infos[index] = info
                 if reset_info is not None:
@@ -213,7 +212,6 @@ class WorkersVecEnv(VecEnv):
     def close(self) -> None:
         """Close the environments and end the processes; those that have not closed after 10 s are killed."""
         self._finalizer()
-        atexit.unregister(self._finalizer)
 
     # --- the single environments ------------------------------------------------------------------------------------
 
@@ -318,15 +316,24 @@ class WorkersVecEnv(VecEnv):
         return {worker: self._receive(worker) for worker in arguments}
 
     def _check_open(self) -> None:
-        if not self._finalizer.alive:
+        if not self._finalizer.still_active():
             raise WorkerError("this WorkersVecEnv is closed")
 
     def _finish_requests(self) -> None:
-        """Receive what an interruption, Ctrl-C for instance, has left unread."""
+        """Receive what is under way: a step's replies are kept, others an interruption, such as Ctrl-C, has left."""
         self._check_open()
-        self._waiting = False
         for worker in np.flatnonzero(self._pending).tolist():
-            self._receive(worker)
+            reply = self._receive(worker)
+            if self._waiting:
+                self._step_replies[worker] = reply
+
+    def _discard_step(self) -> None:
+        """End a step that nobody waited for; if it failed, that is told all the same."""
+        self._finish_requests()
+        replies, self._step_replies = self._step_replies, {}
+        self._waiting = False
+        for reply in replies.values():
+            self._result(reply)
 
     def _send(self, worker: int, request: bytes) -> None:
         self._pending[worker] = True
@@ -366,7 +373,8 @@ class WorkersVecEnv(VecEnv):
             return pickle.loads(memoryview(reply)[1:]) if len(reply) > 1 else None
         failure: Failure = pickle.loads(memoryview(reply)[1:])
         original = _unpacked(failure.packed)
-        if raise_original and isinstance(original, Exception):
+        if raise_original and (original is None or isinstance(original, Exception)):
+            original = original or RuntimeError("the environment's own exception cannot be sent to another process")
             original.add_note(f"environment {failure.env}, in a worker process:\n{failure.report}")
             raise original
         self.close()
@@ -409,10 +417,18 @@ def _default_start_method() -> str:
     return "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
 
 
-def _stop(owner: int, pipes: Sequence[Connection], processes: Sequence[BaseProcess]) -> None:
-    """End worker processes; nothing happens in a fork of the process that owns them."""
-    if os.getpid() != owner:
-        return
+def _check_timeout(timeout: Any) -> float | None:
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float, np.number)):
+        raise TypeError(f"`timeout` must be a number of seconds or None, got {timeout!r}")
+    if not 0 < timeout <= _LONGEST_TIMEOUT:
+        raise ValueError(f"`timeout` must be above 0 and at most {_LONGEST_TIMEOUT} s, or None, got {timeout}")
+    return float(timeout)
+
+
+def _stop(pipes: Sequence[Connection], processes: Sequence[BaseProcess]) -> None:
+    """End worker processes, and what their environments have started and not ended."""
     deadline = time.monotonic() + _SECONDS_TO_CLOSE
     try:
         for pipe in pipes:
@@ -423,8 +439,7 @@ def _stop(owner: int, pipes: Sequence[Connection], processes: Sequence[BaseProce
             process.join(max(0.0, deadline - time.monotonic()))
     finally:
         for process in processes:
-            if process.exitcode != 0:  # also what a worker that crashed has left
-                kill_group(process.pid)
+            kill_group(process.pid)
             process.kill()
             process.join()
 
