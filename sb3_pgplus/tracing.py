@@ -170,7 +170,8 @@ def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[in
         if "action_dist" in attributes:
             distribution = attributes["action_dist"]
             # The first forward pass adds the distribution of its states.
-            plain += (id(distribution), type(distribution), *_entries_of(distribution).keys() - {"distribution"})
+            entries = sorted(_entries_of(distribution).keys() - {"distribution"})
+            plain += (id(distribution), type(distribution), *entries)
         for tensor in (*attributes["_parameters"].values(), *attributes["_buffers"].values()):
             if tensor is not None:
                 plain += (*_layout(tensor), first.setdefault(id(tensor), len(first)))
