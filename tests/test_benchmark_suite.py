@@ -150,16 +150,16 @@ def test_scores_without_a_task_or_a_seed_are_refused() -> None:
 
 def test_the_mujoco_suite_is_complete_stage_by_stage() -> None:
     runs = plan("mujoco")
-    first, second, third = runs[:81], runs[81:117], runs[117:171]
+    first, second, third = runs[:81], runs[81:120], runs[120:174]
     assert {(r.variant.name, r.env, r.seed) for r in first} == {
         (name, env, seed) for name in ("ppoplus", "trpoplus", "a2cplus") for env in MUJOCO_TASKS for seed in range(3)
     }
     assert [r.seed for r in first] == sorted(r.seed for r in first)
     assert Counter((r.variant.name, r.seed) for r in second) == {
         (name, s): 4 for name in ("sb3-ppo-same", "sb3-ppo-zoo", "sb3-contrib-trpo-zoo") for s in range(3)
-    }
+    } | {("sb3-ppo-own", s): 1 for s in range(3)}
     assert {r.seed for r in third} == {3, 4} and {r.variant.name for r in third} == {"ppoplus", "trpoplus", "a2cplus"}
-    assert {(r.variant.name, r.env) for r in runs[171:]} >= {
+    assert {(r.variant.name, r.env) for r in runs[174:]} >= {
         (f"{name}-per-task", "Swimmer-v5") for name in ("ppoplus", "trpoplus", "a2cplus")
     }
     assert {r.settings.n_timesteps for r in runs} == {1_000_000}
@@ -314,6 +314,16 @@ def test_a_run_of_sb3_evaluates_with_the_trainings_statistics() -> None:
     assert first["backend"] == "mujoco" and first["engine"] is None
     # The statistics move with every step, and with them the actions of a policy that has not been updated yet.
     assert first["evaluations"]["returns"][0] != first["evaluations"]["returns"][5]
+
+
+def test_sb3_in_its_own_environments_gives_the_same_returns_to_the_bit_so_that_only_its_time_is_new() -> None:
+    pytest.importorskip("mujoco")
+    connection: Any = Silent()
+    runs = plan("mujoco", algos=["sb3-ppo-same", "sb3-ppo-own"], envs=["HalfCheetah-v5"], seeds=[0], n_timesteps=4096)
+    ours, own = (trainings.result(run, PROTOCOL, {}, connection) for run in runs)
+    assert [ours["backend"], own["backend"]] == ["mujoco", "dummy"]
+    assert own["evaluations"]["returns"] == ours["evaluations"]["returns"]
+    assert own["training"] == ours["training"]
 
 
 # --- a suite ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from sb3_pgplus.benchmarking.suites import (
     MUJOCO_TASKS,
     OTHERS,
     OURS,
+    OWN,
     REFERENCE_TASKS,
     Variant,
     ablation_variants,
@@ -32,6 +33,7 @@ COLORS = {
     "trpoplus": "#3a9d5d",
     "a2cplus": "#8e5bb5",
     "sb3-ppo-same": "#d9822b",
+    "sb3-ppo-own": "#b3423a",
     "sb3-ppo-zoo": "#8a8f98",
     "sb3-contrib-trpo-zoo": "#b8a13a",
 }
@@ -66,7 +68,7 @@ def draw(results: Results, folder: Path, *, anew: bool = True) -> list[tuple[str
 def _figures(results: Results) -> list[tuple[str, str, Callable[[], Figure | None]]]:
     everything = [*OURS, *OTHERS]
     steps, minutes = (lambda curve: curve.steps), (lambda curve: curve.seconds / 60)
-    beside = [OURS[0], *OTHERS[:2]]
+    beside = [OURS[0], *OTHERS[:2], OWN]
     compared = [env for env in REFERENCE_TASKS if any((other.name, env) in results.cells for other in OTHERS[:2])]
     classic = [*CLASSIC_TASKS, *EXTRA_TASKS["classic"]]
     kinds: dict[str, list[tuple[str, str, Callable[[], Figure | None]]]] = {

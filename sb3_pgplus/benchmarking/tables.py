@@ -14,6 +14,7 @@ from sb3_pgplus.benchmarking.suites import (
     MUJOCO_TASKS,
     OTHERS,
     OURS,
+    OWN,
     PER_TASK_OURS,
     REFERENCE_TASKS,
     VARIANTS,
@@ -30,6 +31,7 @@ PAIRS = (
     ("ppoplus", "sb3-ppo-zoo"),
     ("trpoplus", "sb3-contrib-trpo-zoo"),
 )
+TIMED_PAIRS = (*PAIRS, ("ppoplus", OWN.name))
 SHARED_TARGET_TASKS = tuple(env for env in MUJOCO_TASKS if env != "Swimmer-v5")
 """Swimmer's published figures are with another discount factor: a matter of the settings per task."""
 
@@ -318,8 +320,8 @@ def _mujoco_sections(results: Results) -> list[tuple[str, str]]:
         ("Probability of improvement", improvements(results, PAIRS, REFERENCE_TASKS)),
         ("All tasks together", aggregates(results, everything, task_sets)),
         ("Settings per task", per_task),
-        ("Time", times(results, everything, MUJOCO_TASKS)),
-        ("Time to 80 % of SB3's score", times_to_goal(results, PAIRS, REFERENCE_TASKS)),
+        ("Time", times(results, [*everything, OWN], MUJOCO_TASKS)),
+        ("Time to 80 % of SB3's score", times_to_goal(results, TIMED_PAIRS, REFERENCE_TASKS)),
         ("Returns of the training's own episodes", plain(results, everything, MUJOCO_TASKS, training=True)),
     ]
 

@@ -84,13 +84,12 @@ def result(run: Run, protocol: Protocol, made_with: dict[str, Any], connection: 
     began = datetime.now(UTC).isoformat(timespec="seconds")
     settings = run.settings
     is_stock = settings.algo in stock.STOCK
-    # One thread each: several trainings run side by side.
+    # One thread each: several trainings run side by side. SB3's own environments have none to choose.
+    n_threads = None if settings.backend == "dummy" else 1
     env = make_environments(
-        settings.environment, n_envs=settings.n_envs, seed=run.seed, backend=settings.backend, n_threads=1
+        settings.environment, n_envs=settings.n_envs, seed=run.seed, backend=settings.backend, n_threads=n_threads
     )
-    eval_env = make_environments(
-        settings.environment, n_envs=protocol.n_episodes, backend=settings.backend, n_threads=1
-    )
+    eval_env = make_environments(settings.environment, n_envs=protocol.n_episodes, n_threads=1)
     try:
         start = time.perf_counter()
         model: Any = stock.build(settings, env) if is_stock else build_model(settings, env, device="cpu")
