@@ -26,6 +26,7 @@ pytest.importorskip("mujoco", minversion="3.17")
 from sb3_pgplus.vec_env import backend_of, make_vec_env, mujoco_tasks
 from sb3_pgplus.vec_env.common import usable_cpus
 from sb3_pgplus.vec_env.mujoco import MujocoVecEnv
+from sb3_pgplus.vec_env.placement import find_current_cpu
 
 ASSETS = Path(gym.__file__).parent / "envs" / "mujoco" / "assets"
 CAMERA = {"width": 64, "height": 48, "default_camera_config": {"distance": 5.0}}
@@ -389,6 +390,26 @@ def test_closing_leaves_no_threads():
     env.close()
     gc.collect()
     assert len(os.listdir("/proc/self/task")) == before
+
+
+@pytest.mark.skipif(usable_cpus() < 2 or find_current_cpu() is None, reason="needs two CPUs that can be told apart")
+def test_the_other_threads_may_run_on_every_cpu_but_the_callers_which_may_run_on_all():
+    usable = os.sched_getaffinity(0)
+    env = MujocoVecEnv("Reacher-v5", 3, n_threads=3)
+    env.reset()
+    cpu = min(usable)
+    os.sched_setaffinity(0, {cpu})  # the caller is here for the step
+    try:
+        env.step(np.zeros((3, 2)))
+        # The caller's set has one CPU, so there is no other: nothing is changed, and the threads keep theirs.
+        assert [os.sched_getaffinity(worker) for worker in env._placement.workers] == [usable] * 2
+    finally:
+        os.sched_setaffinity(0, usable)
+    for _ in range(100):
+        env.step(np.zeros((3, 2)))
+        allowed = [os.sched_getaffinity(worker) for worker in env._placement.workers]
+        assert allowed == [usable - {env._placement._caller_cpu}] * 2
+    assert os.sched_getaffinity(0) == usable
 
 
 @pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])

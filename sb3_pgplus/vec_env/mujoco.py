@@ -27,6 +27,7 @@ from sb3_pgplus.vec_env.common import Array, check_integer, indices_of, usable_c
 from sb3_pgplus.vec_env.episodes import RUNNING, EpisodeMonitor, running_infos
 from sb3_pgplus.vec_env.mujoco_data import hidden_state
 from sb3_pgplus.vec_env.mujoco_tasks import ALL, TASKS, Outcome, Rows, Task
+from sb3_pgplus.vec_env.placement import WorkerPlacement, thread_ids
 from sb3_pgplus.vec_env.state_trees import generator_from, to_tree
 
 WRAPPERS_OF_MAKE = (TimeLimit, OrderEnforcing, PassiveEnvChecker)
@@ -75,7 +76,11 @@ class MujocoVecEnv(VecEnv):
         self._env = make_template(env_id, env_kwargs or {}, task_class)
         self.n_threads = min(n_envs, usable_cpus()) if n_threads is None else check_integer("n_threads", n_threads, 1)
         model = self._env.unwrapped.model
+        before = thread_ids()
         self._batch = make_batch(batch_class, model, n_envs, self.n_threads, task_class.needs_contact_forces)
+        started = thread_ids() - before
+        # Should others have started meanwhile, they cannot be told apart.
+        self._placement = WorkerPlacement(started if len(started) == self.n_threads - 1 else ())
         self._task: Task | None = task_class(self._env.unwrapped, self._batch)
         self._owner = os.getpid()
         super().__init__(n_envs, self._env.observation_space, self._env.action_space)
@@ -124,6 +129,7 @@ class MujocoVecEnv(VecEnv):
         task.ctrl[...] = self.actions
         if self._states_before is not None:
             np.copyto(self._states_before, self._batch.state)
+        self._placement.keep_apart()
         self._batch.step(nstep=self._frame_skip)
         task.after_step()
         outcome = task.outcome(self.actions)
