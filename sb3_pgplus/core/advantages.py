@@ -176,6 +176,11 @@ def discounted_returns(rewards: th.Tensor, dones: th.Tensor, initial: th.Tensor,
     check_floating(rewards=rewards)
     check_unit_interval(gamma=gamma)
     decay = _decay(dones, rewards, gamma)
+    if len(rewards) <= _SHORT:
+        results = [rewards[0] + gamma * initial]
+        for t in range(1, len(rewards)):
+            results.append(th.addcmul(rewards[t], decay[t - 1], results[-1]))
+        return th.stack(results)
     inputs = rewards.clone()
     inputs[0] += gamma * initial
     # Time reversed, R_t is the same recursion; step t−1's decay is the one that carries R_{t−1} into R_t.

@@ -4,17 +4,20 @@ Running mean and variance, merged batch by batch.
 Reference: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 
 
 class Moments(NamedTuple):
-    """Mean and population variance of ``count`` samples; ``mean`` and ``var`` have the shape of one sample."""
+    """
+    Mean and population variance of ``count`` samples; ``mean`` and ``var`` have the shape of one sample. Tensors, or
+    arrays in their place.
+    """
 
-    mean: th.Tensor
-    var: th.Tensor
-    count: th.Tensor  # type: ignore[assignment]  # `tuple.count` is not needed here
+    mean: Any
+    var: Any
+    count: Any  # `tuple.count` is not needed here
 
 
 def moments_of(batch: th.Tensor) -> Moments:
@@ -24,9 +27,8 @@ def moments_of(batch: th.Tensor) -> Moments:
     :param batch: ``[B, ...]``
     :return: mean and population variance ``[...]``, count ``[]``
     """
-    batch = batch.to(th.float64)
-    count = th.tensor(float(len(batch)), dtype=th.float64, device=batch.device)
-    return Moments(batch.mean(dim=0), batch.var(dim=0, correction=0), count)
+    var, mean = th.var_mean(batch.to(th.float64), dim=0, correction=0)
+    return Moments(mean, var, mean.new_tensor(float(len(batch))))
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:

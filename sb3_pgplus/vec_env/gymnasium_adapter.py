@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv, VectorWrapper
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.preprocessing import check_for_nested_spaces
@@ -29,6 +29,12 @@ _ADVICE = (
     "Build it with gym.make_vec(..., vectorization_mode='sync', "
     "vector_kwargs={'autoreset_mode': gym.vector.AutoresetMode.SAME_STEP})."
 )
+#: Vector wrappers whose outputs belong to no single environment → why, and what to do instead.
+_REFUSED_WRAPPERS = {
+    "NormalizeObservation": "changes what running environments show while others are reset. The model normalises "
+    "observations itself (normalize_observations), and SB3 has VecNormalize",
+    "DictInfoToList": "takes infos apart that are read here as Gymnasium gives them. SB3's infos are a list anyway",
+}
 _FINAL_KEYS = ("final_obs", "_final_obs", "final_info", "_final_info")
 
 
@@ -39,8 +45,8 @@ class GymnasiumVecEnv(VecEnv):
     :param env: the vector environment, in any autoreset mode
     :param full_infos: give the environment's own info entries in every step, not only where an episode ends
     :raises TypeError: if it is no vector environment
-    :raises ValueError: if its autoreset mode is unknown or does not allow correct transitions, or SB3 cannot use its
-        observations
+    :raises ValueError: if its autoreset mode is unknown or does not allow correct transitions, if SB3 cannot use its
+        observations, or if a wrapper around it cannot work here
     """
 
     backend = "gymnasium"
@@ -48,7 +54,9 @@ class GymnasiumVecEnv(VecEnv):
     def __init__(self, env: VectorEnv[Any, Any], full_infos: bool = False) -> None:
         if not isinstance(env, VectorEnv):
             raise TypeError(f"expected a gymnasium.vector.VectorEnv, got {type(env).__name__}")
+        _check_wrappers(env)
         self.env = env
+        self._is_closed = False
         self.full_infos = full_infos
         self.autoreset_mode = _autoreset_mode(env)
         self.episodes = EpisodeMonitor(env.num_envs)
@@ -67,6 +75,7 @@ class GymnasiumVecEnv(VecEnv):
         :return: observations ``[N, ...]``, a dict of such for Dict spaces
         :raises ValueError: if the environments were given different options
         """
+        self._check_open()
         options = self._options[0]
         if any(other != options for other in self._options):
             raise ValueError("a Gymnasium vector environment takes the same reset options for all its environments")
@@ -90,6 +99,7 @@ class GymnasiumVecEnv(VecEnv):
 
         :return: observations ``[N, ...]``, rewards ``[N]``, dones ``[N]``, infos
         """
+        self._check_open()
         observations, rewards, terminated, truncated, infos = self.env.step(self._actions)
         rewards = np.asarray(rewards)
         terminated, truncated = np.asarray(terminated, dtype=bool), np.asarray(truncated, dtype=bool)
@@ -178,8 +188,13 @@ class GymnasiumVecEnv(VecEnv):
 
     def close(self) -> None:
         """Close the vector environment."""
+        self._is_closed = True
         self.env.close()
         self.episodes.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError(f"this {type(self).__name__} was closed; make another one")
 
     # --- the single environments ------------------------------------------------------------------------------------
 
@@ -311,6 +326,17 @@ def _resets_partially(env: VectorEnv[Any, Any]) -> bool:
     mask = np.arange(env.num_envs) == 0
     after, _ = env.reset(options={"reset_mask": mask.copy()})
     return all(_same(old[~mask], new[~mask]) for old, new in array_pairs(before, after))
+
+
+def _check_wrappers(env: VectorEnv[Any, Any]) -> None:
+    layer: Any = env
+    while isinstance(layer, VectorWrapper):
+        name = next((c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("gymnasium.")), "")
+        if name in _REFUSED_WRAPPERS:
+            raise ValueError(
+                f"{type(layer).__name__} around a vector environment {_REFUSED_WRAPPERS[name]}: leave it out"
+            )
+        layer = layer.env
 
 
 def _autoreset_mode(env: VectorEnv[Any, Any]) -> AutoresetMode:
