@@ -388,6 +388,55 @@ def test_a_rule_for_some_follows_one_for_all(make: Callable[[list[Any]], th.opti
     assert (StepRule.of(ours, ps) is None) == isinstance(ours, th.optim.Adam)
 
 
+def _move_data(optimizer: th.optim.Optimizer, ps: list[Any]) -> None:
+    ps[1].data = ps[1].data.clone()
+
+
+def _forget_a_state(optimizer: th.optim.Optimizer, ps: list[Any]) -> None:
+    del optimizer.state[ps[1]]
+
+
+CHANGES: dict[str, Callable[[th.optim.Optimizer, list[Any]], object]] = {
+    "a loaded state": lambda optimizer, _: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "a forgotten state": _forget_a_state,
+    "another setting": lambda optimizer, _: optimizer.param_groups[0].update(eps=1e-3),
+    "a rate that is a tensor": lambda optimizer, _: optimizer.param_groups[0].update(lr=th.tensor(1e-2)),
+    "a parameter more": lambda optimizer, _: optimizer.add_param_group({"params": [th.nn.Parameter(th.zeros(2))]}),
+    "a parameter less": lambda optimizer, _: optimizer.param_groups[0]["params"].pop(),
+    "a hook": lambda optimizer, _: optimizer.register_step_pre_hook(lambda *_: None),
+    "other memory": _move_data,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("make", RULES.values(), ids=RULES)
+def test_a_rule_holds_until_something_it_depends_on_changes(
+    make: Callable[[list[Any]], th.optim.Optimizer], change: Callable[[th.optim.Optimizer, list[Any]], object]
+) -> None:
+    optimizer = make(parameters())
+    ps = [p for group in optimizer.param_groups for p in group["params"]]
+    rule = StepRule.of(optimizer, ps)
+    assert rule is not None
+    for i in range(2):
+        set_gradients(optimizer, i)
+        step_by(rule, ps)
+        optimizer.param_groups[0]["lr"] *= 0.5  # comes as a number
+        assert rule.still_holds(optimizer)
+    assert not rule.still_holds(make(parameters()))
+    change(optimizer, ps)
+    assert not rule.still_holds(optimizer)
+
+
+def test_a_rule_of_adam_ends_where_only_some_of_its_parameters_are_stepped() -> None:
+    optimizer = fused_adam()
+    ps = optimizer.param_groups[0]["params"]
+    rule = StepRule.of(optimizer, ps)
+    assert rule is not None and rule.still_holds(optimizer)
+    set_gradients(optimizer, 1, without=(0,))
+    step(optimizer)
+    assert not rule.still_holds(optimizer)
+
+
 def test_rules_that_take_turns_find_the_states_where_the_other_put_them() -> None:
     ours, theirs = (th.optim.RMSprop(parameters(), lr=1e-2) for _ in range(2))
     ps = ours.param_groups[0]["params"]
