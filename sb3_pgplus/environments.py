@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium as gym
 import torch as th
 from gymnasium import spaces
+from gymnasium.envs.registration import find_highest_version
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
@@ -100,9 +101,18 @@ def find_environment(env: str) -> None:
         extra = ' (pip install "sb3_pgplus[atari]")' if not colon else ""
         raise ConfigError(f"{env} needs the package {error.name or module}, which cannot be imported{extra}") from error
     except gym.error.Error as error:
-        raise ConfigError(
-            f"unknown environment: {one_line(error)} (an environment of your own: --env package:MyEnv-v0)"
-        ) from error
+        advice = newest_version(env) or "an environment of your own: --env package:MyEnv-v0"
+        raise ConfigError(f"unknown environment: {one_line(error)} ({advice})") from error
+
+
+def newest_version(name: str) -> str:
+    """
+    :param name: an environment's id, perhaps without its version and with a package
+    :return: a sentence with the id to write instead; empty if there is none
+    """
+    namespace, _, rest = name.rpartition(":")[2].rpartition("/")
+    newest = find_highest_version(namespace or None, rest)
+    return "" if newest is None else f"runs are recorded with a version: write {name}-v{newest}"
 
 
 def _importing_atari(env: str) -> str:

@@ -282,6 +282,7 @@ def test_a_run_that_breaks_reports_to_a_caller_as_an_exception(breaking: str, tm
 BAD_INPUT = [
     (("--algo", "ppo"), r"unknown algorithm 'ppo', did you mean `ppoplus`\?; known: ppoplus"),
     (("--env", "CartPol-v1"), r"unknown environment: Environment `CartPol` doesn't exist\. Did you mean: `CartPole`\?"),
+    (("--env", "CartPole"), r"unknown environment: .* write CartPole-v1\)"),
     (("--env", "CartPole-v9"), r"unknown environment: .*version `v9`"),
     (("--env", "no_such_package:Foo-v0"), r"needs the package no_such_package, which cannot be imported"),
     (("--set", "n_epoch=3"), r"unknown argument `n_epoch`, did you mean `n_epochs`\?"),
