@@ -76,7 +76,9 @@ class ModelBuilding(_Base):
             n_envs=self.n_envs,
             **self.rollout_buffer_kwargs,
         )
-        if not isinstance(buffer, TorchRolloutBuffer):
+        if isinstance(buffer, TorchRolloutBuffer):
+            buffer.keeps_memory_order = not hp.sb3_exact
+        else:
             self._check_foreign_buffer(hp, buffer)
         return buffer
 

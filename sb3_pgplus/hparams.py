@@ -246,7 +246,9 @@ class PolicyGradientHparams:
         specs = _specs(type(self))
         moved = {n: specs[n].check(n, values[n], progress_remaining) for n in self.scheduled_names()}
         later = object.__new__(type(self))  # past the constructor, which a frozen dataclass makes slow
-        later.__dict__.update(self.__dict__, **moved)
+        later.__dict__.update({f.name: self.__dict__[f.name] for f in fields(self)}, **moved)
+        if hasattr(later, "__post_init__"):
+            later.__post_init__()
         return later
 
 

@@ -37,7 +37,7 @@ from sb3_pgplus.guards import check_finite_step, without_distribution_checks
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.persistence import Persistence
-from sb3_pgplus.policies import RunningMoments, set_training_mode
+from sb3_pgplus.policies import RunningMoments, has_convolutions, set_training_mode
 from sb3_pgplus.resuming import Resuming
 from sb3_pgplus.rollouts import RolloutProcessing
 from sb3_pgplus.schedules import as_schedule, describe_schedule, is_constant
@@ -330,6 +330,9 @@ class PolicyGradientPlus(
         calls = {unit: n * n_rollouts for unit, n in self._calls_per_rollout(hp).items()}
         self._engine.setting = hp.compile
         self._engine.plan(calls)
+        if hp.compile == "auto" and self.device.type == "cpu" and has_convolutions(self.policy):
+            units = [unit for unit in calls if unit != "Fisher product"]
+            self._engine.refuse(units, "convolutions on a CPU, nearly all of the time, are no faster compiled")
         if hp.sb3_exact:
             self._engine.refuse(list(calls), "sb3_exact=True keeps SB3's order of operations")
 

@@ -1,9 +1,11 @@
 """Steps of torch's optimisers with less overhead: for small networks it is most of an update's time."""
 
+import copy
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import is_
 from typing import Any, Self
 
 import numpy as np
@@ -208,6 +210,9 @@ class StepRule:
         self._joined: list[th.Tensor] = []
         self._counters: list[th.Tensor] = []
         self._counts = np.zeros(0)
+        #: All of these views, held so that no other object gets their identity, and where they lie.
+        self._views: list[th.Tensor] = []
+        self._places: list[int] = []
         self._layout = self._layout_of_parameters()
 
     def _layout_of_parameters(self) -> list[Any]:
@@ -221,20 +226,24 @@ class StepRule:
 
         :param optimizer: the one of now
         """
-        if optimizer is not self._optimizer or _is_watched(optimizer):
-            return False
-        state = optimizer.state
-        if not all([state.get(p) is owner for p, owner in zip(self._parameters, self._owners, strict=True)]):
+        if optimizer is not self._optimizer or _is_watched(optimizer) or not self._states_stay():
             return False
         for group in optimizer.param_groups:
             if not isinstance(group["lr"], float) or _settings(group) != self._settings:
                 return False
-        return self._layout == self._layout_of_parameters() and self._counts_alike()
+        if type(optimizer) is th.optim.Adam and not (self._counts == self._counts[0]).all():
+            return False  # its numbers are for all
+        return self._layout == self._layout_of_parameters()
 
-    def _counts_alike(self) -> bool:
-        """Whether Adam has stepped all of them as often: its numbers are for all."""
-        self.states()
-        return type(self._optimizer) is not th.optim.Adam or bool((self._counts == self._counts[0]).all())
+    def _states_stay(self) -> bool:
+        """Whether the optimiser's tensors are those that were joined last, in the same memory."""
+        state, names = self._optimizer.state, _STATE_OF[type(self._optimizer)]
+        if not all([state.get(p) is owner for p, owner in zip(self._parameters, self._owners, strict=True)]):
+            return False
+        found = [owner.get(name) for name in names for owner in self._owners]
+        if len(found) != len(self._views) or not all(map(is_, found, self._views)):
+            return False
+        return [view.data_ptr() for view in self._views] == self._places
 
     @classmethod
     def of(cls, optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor]) -> Self | None:
@@ -268,7 +277,7 @@ class StepRule:
             return None  # its numbers below are for all
         group_of = tuple([index[id(p)] for p in parameters])
         key = (kind, group_of, len(groups), repr(settings[0]))
-        return cls(key, optimizer, parameters, group_of, settings[0])
+        return cls(key, optimizer, parameters, group_of, copy.deepcopy(settings[0]))
 
     def states(self) -> list[th.Tensor]:
         """
@@ -280,6 +289,8 @@ class StepRule:
             self._joined = [joined(self._owners, name) for name in _STATE_OF[type(self._optimizer)]]
             self._counters = [owner["step"] for owner in self._owners]
             self._counts = self._joined[0].numpy()
+            self._views = [owner[name] for name in _STATE_OF[type(self._optimizer)] for owner in self._owners]
+            self._places = [view.data_ptr() for view in self._views]
         return self._joined
 
     def numbers(self) -> list[float]:

@@ -130,6 +130,100 @@ def test_every_rollout_lies_in_the_same_storage():
     assert callback.seen[0] == callback.seen[1] == callback.seen[2] == callback_list.seen[0]
 
 
+IMAGE = spaces.Box(0, 255, (4, 6, 5), np.uint8)
+
+
+def image_rollout(space, *, keeps_memory_order=True, channels_last=True):
+    """A rollout of random pictures, C × H × W as SB3 hands them over: transposed, and so with the channels last."""
+    is_dict = isinstance(space, spaces.Dict)
+    buffer_class = TorchDictRolloutBuffer if is_dict else TorchRolloutBuffer
+    buffer = buffer_class(T, space, spaces.Discrete(2), device="cpu", n_envs=N)
+    buffer.keeps_memory_order = keeps_memory_order
+    rng = np.random.default_rng(0)
+    for _ in range(T):
+        pixels = rng.integers(0, 256, (N, 6, 5, 4), dtype=np.uint8).transpose(0, 3, 1, 2)
+        pixels = pixels if channels_last else np.ascontiguousarray(pixels)
+        obs = {"image": pixels, "b": pixels[:, :1, 0, 0]} if is_dict else pixels
+        buffer.add(obs, np.zeros((N, 1)), np.zeros(N), np.zeros(N), th.zeros(N), th.zeros(N))
+    buffer.compute_returns_and_advantage(th.zeros(N), np.zeros(N))
+    return buffer
+
+
+def picture_of(observations):
+    return observations["image"] if isinstance(observations, dict) else observations
+
+
+@pytest.mark.parametrize("space", [IMAGE, spaces.Dict({"image": IMAGE, "b": spaces.Box(0, 255, (1,), np.uint8)})])
+def test_pictures_stay_in_memory_as_they_come_and_hold_the_same_pixels(space):
+    """Strides of a C × H × W = 4 × 6 × 5 picture: channels last (1, 5·4, 4), the usual (6·5, 5, 1)."""
+    kept, plain = image_rollout(space), image_rollout(space, keeps_memory_order=False)
+    usual = image_rollout(space, channels_last=False)
+    strides = {}
+    for name, buffer in {"kept": kept, "plain": plain, "usual": usual}.items():
+        np.random.seed(7)
+        [whole] = list(buffer.get())
+        np.random.seed(7)
+        pieces = list(buffer.get(4))
+        found = [whole, *pieces]
+        strides[name] = {picture_of(samples.observations).stride()[1:] for samples in found}
+        strides[name].add(picture_of(buffer.flat("observations")).stride()[1:])
+        strides[name].add(picture_of(buffer.tensor("observations")).flatten(0, 1).stride()[1:])
+        parts = th.cat([picture_of(samples.observations) for samples in pieces])
+        assert th.equal(parts, picture_of(whole.observations))
+        np.random.seed(7)
+        [expected] = list(plain.get())
+        assert th.equal(picture_of(whole.observations), picture_of(expected.observations))
+        assert th.equal(picture_of(buffer.flat("observations")), picture_of(plain.flat("observations")))
+        np.testing.assert_array_equal(picture_of(buffer.observations), picture_of(plain.observations))
+    assert strides == {"kept": {(1, 20, 4)}, "plain": {(30, 5, 1)}, "usual": {(30, 5, 1)}}
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.broadcast_to(np.arange(5, dtype=np.uint8), (N, 4, 6, 5)),  # repeats its memory
+        np.arange(N * 480, dtype=np.int64).astype(np.uint8).reshape(N, 4, 6, 20)[..., ::4],  # has gaps
+        np.arange(N * 120, dtype=np.int64)
+        .astype(np.uint8)
+        .reshape(N, 6, 5, 4)[:, ::-1]
+        .transpose(0, 3, 1, 2),  # mirrored
+    ],
+    ids=["broadcast", "gaps", "mirrored"],
+)
+def test_pictures_of_any_memory_are_stored_with_their_pixels(pixels):
+    buffer = TorchRolloutBuffer(1, IMAGE, spaces.Discrete(2), device="cpu", n_envs=N)
+    buffer.add(pixels, np.zeros((N, 1)), np.zeros(N), np.zeros(N), th.zeros(N), th.zeros(N))
+    np.testing.assert_array_equal(buffer.observations[0], pixels)
+
+
+class Noise(Counter):
+    """Random pixels."""
+
+    def _observation(self):
+        return self.np_random.integers(0, 256, self.observation_space.shape, dtype=np.uint8)
+
+
+def test_pictures_give_the_gradient_of_contiguous_ones_up_to_rounding():
+    model = PPOPlus("CnnPolicy", Noise(spaces.Box(0, 255, (36, 36, 3), np.uint8)), **SMALL, compile=False).learn(8)
+    assert model.rollout_buffer.tensor("observations").stride()[2:] == (1, 108, 3)
+    [samples] = list(model.rollout_buffer.get())
+    gradients = []
+    for observations in (samples.observations, samples.observations.contiguous()):
+        values, log_probs, _ = model.policy.evaluate_actions(observations, samples.actions.flatten())
+        outputs = (values.square().mean() + log_probs.mean(), model.policy.parameters())
+        gradients.append(th.cat([g.flatten() for g in th.autograd.grad(*outputs)]))
+    kept, plain = gradients
+    assert samples.observations.stride() != samples.observations.contiguous().stride()
+    assert (kept - plain).norm() < 1e-5 * plain.norm()
+
+
+def test_sb3s_rounding_needs_sb3s_contiguous_minibatches():
+    image = spaces.Box(0, 255, (36, 36, 3), np.uint8)
+    model = PPOPlus("CnnPolicy", Counter(image), **{**presets.SB3_PPO, **SMALL}).learn(8)
+    [samples] = list(model.rollout_buffer.get())
+    assert samples.observations.is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("dtype", "stored"),
     [

@@ -208,6 +208,53 @@ def test_a_subclass_that_decides_about_steps_is_obeyed() -> None:
     assert th.equal(parameters_of(model), before)
 
 
+def _replace_moments(optimizer: Any) -> None:
+    for state in optimizer.state.values():
+        for name in state.keys() - {"step"}:
+            state[name] = th.zeros_like(state[name])
+
+
+def _replace_data(optimizer: Any) -> None:
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.data = th.zeros_like(tensor)
+
+
+def _replace_counters(optimizer: Any) -> None:
+    for state in optimizer.state.values():
+        state["step"] = th.tensor(0.0, dtype=th.float64)
+
+
+def _clear_states(optimizer: Any) -> None:
+    for state in optimizer.state.values():
+        state.clear()
+
+
+@pytest.mark.parametrize("change", [_replace_moments, _replace_data, _replace_counters, _clear_states])
+@pytest.mark.parametrize("cls", [PPOPlus, A2CPlus])
+def test_an_optimizers_state_that_is_reset_between_two_updates_is_reset(
+    cls: Any, change: Callable[[Any], None]
+) -> None:
+    class Reset(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            if self.num_timesteps == 3 * ITERATION:
+                change(self.model.policy.optimizer)
+
+    kwargs = PPO if cls is PPOPlus else SMALL
+    models = [
+        cls("MlpPolicy", "Pendulum-v1", **kwargs, compile=compile).learn(4 * ITERATION, Reset())
+        for compile in (True, False)
+    ]
+    compiled, eager = models
+    assert "update: compiled" in compiled.engine_report()
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-3, atol=1e-4)
+    states = [[float(state["step"]) for state in model.policy.optimizer.state.values()] for model in models]
+    assert states[0] == states[1]
+
+
 def test_a_policy_moved_between_two_updates_trains_on() -> None:
     def moved(compile: bool) -> Any:
         model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=compile).learn(ITERATION)
@@ -227,6 +274,20 @@ def test_a_policy_of_images_is_compiled_and_equals_the_eager_one() -> None:
     compiled, eager = compiled_and_eager(PPOPlus, lambda: Arms(spaces.Discrete(3), frames), 16, **kwargs)
     assert "update: compiled" in compiled.engine_report()
     th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_on_a_cpu_are_not_compiled_unless_asked_for() -> None:
+    frames = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+    kwargs = {**PPO, "n_steps": 16, "n_envs": 1, "batch_size": 8}
+    model = PPOPlus("CnnPolicy", Arms(spaces.Discrete(3), frames), **kwargs)
+    model._total_timesteps = 10_000_000  # long enough for anything else
+    model._plan_engine()
+    assert not model._engine.wants("update") and not model._engine.wants("policy step")
+    assert "update: eager, convolutions on a CPU" in model.engine_report()
+    vectors = PPOPlus("MlpPolicy", Arms(spaces.Discrete(3)), **kwargs)
+    vectors._total_timesteps = 10_000_000
+    vectors._plan_engine()
+    assert vectors._engine.wants("update") and vectors._engine.wants("policy step")
 
 
 @pytest.mark.parametrize("space", ACTION_SPACES, ids=lambda space: type(space).__name__)

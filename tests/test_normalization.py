@@ -14,7 +14,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_pgplus import PPOPlus
-from sb3_pgplus.policies import ObservationNormalizer, observation_normalizer
+from sb3_pgplus.policies import ObservationNormalizer, RunningMoments, observation_normalizer
 
 
 class Scripted(gym.Env[Any, Any]):
@@ -251,3 +251,21 @@ def test_pop_art_keeps_the_denormalised_values_when_statistics_move() -> None:
     after = model._values_of(observations, 5)
     assert float(model.value_normalizer.mean) > 400
     assert th.allclose(before, after, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [th.float64, th.float32, th.float16, th.bfloat16])
+def test_statistics_of_any_float_type_are_merged(dtype):
+    """1, 3 and 5: mean 3, variance (4 + 0 + 4)/3 = 8/3; the first 1e-4 samples of mean 0 are nearly nothing."""
+    moments = RunningMoments((2,)).to(dtype)
+    for row in (1.0, 3.0, 5.0):
+        moments.merge(th.full((1, 2), row))
+    assert moments.mean.dtype is dtype
+    th.testing.assert_close(moments.mean.double(), th.full((2,), 3.0, dtype=th.float64), rtol=0.02, atol=0)
+    th.testing.assert_close(moments.var.double(), th.full((2,), 8 / 3, dtype=th.float64), rtol=0.05, atol=0)
+
+
+def test_statistics_are_merged_where_numpy_would_raise():
+    with np.errstate(all="raise"):
+        moments = RunningMoments(())
+        moments.merge(th.tensor([1e-170, 2e-170], dtype=th.float64))
+    assert moments.mean.isfinite() and moments.var.isfinite()

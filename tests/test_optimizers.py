@@ -396,9 +396,25 @@ def _forget_a_state(optimizer: th.optim.Optimizer, ps: list[Any]) -> None:
     del optimizer.state[ps[1]]
 
 
+def _reset_moments(optimizer: th.optim.Optimizer, ps: list[Any]) -> None:
+    state = optimizer.state[ps[0]]
+    for name in state.keys() - {"step"}:
+        state[name] = th.zeros_like(state[name])
+
+
+def _reset_moments_data(optimizer: th.optim.Optimizer, ps: list[Any]) -> None:
+    state = optimizer.state[ps[0]]
+    for name in state.keys() - {"step"}:
+        state[name].data = th.zeros_like(state[name])
+
+
 CHANGES: dict[str, Callable[[th.optim.Optimizer, list[Any]], object]] = {
     "a loaded state": lambda optimizer, _: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
     "a forgotten state": _forget_a_state,
+    "a cleared state": lambda optimizer, ps: optimizer.state[ps[0]].clear(),
+    "another counter": lambda optimizer, ps: optimizer.state[ps[0]].update(step=th.tensor(0)),
+    "other moments": _reset_moments,
+    "moments elsewhere": _reset_moments_data,
     "another setting": lambda optimizer, _: optimizer.param_groups[0].update(eps=1e-3),
     "a rate that is a tensor": lambda optimizer, _: optimizer.param_groups[0].update(lr=th.tensor(1e-2)),
     "a parameter more": lambda optimizer, _: optimizer.add_param_group({"params": [th.nn.Parameter(th.zeros(2))]}),
@@ -427,11 +443,24 @@ def test_a_rule_holds_until_something_it_depends_on_changes(
     assert not rule.still_holds(optimizer)
 
 
+def test_a_rule_notices_a_setting_that_is_changed_in_place() -> None:
+    optimizer = fused_adam()
+    optimizer.param_groups[0]["betas"] = [0.9, 0.999]
+    rule = StepRule.of(optimizer, optimizer.param_groups[0]["params"])
+    assert rule is not None
+    rule.states()
+    assert rule.still_holds(optimizer)
+    optimizer.param_groups[0]["betas"][0] = 0.5
+    assert not rule.still_holds(optimizer)
+
+
 def test_a_rule_of_adam_ends_where_only_some_of_its_parameters_are_stepped() -> None:
     optimizer = fused_adam()
     ps = optimizer.param_groups[0]["params"]
     rule = StepRule.of(optimizer, ps)
-    assert rule is not None and rule.still_holds(optimizer)
+    assert rule is not None
+    rule.states()
+    assert rule.still_holds(optimizer)
     set_gradients(optimizer, 1, without=(0,))
     step(optimizer)
     assert not rule.still_holds(optimizer)

@@ -151,6 +151,15 @@ def test_wrappers_that_cannot_work_are_refused_at_once_with_what_to_do(wrapper, 
         GymnasiumVecEnv(env)
 
 
+def test_one_environment_alone_may_be_normalised_from_outside():
+    env = GymnasiumVecEnv(
+        vector_wrappers.NormalizeObservation(gym.make_vec("CartPole-v1", 1, vectorization_mode="sync"))
+    )
+    env.reset()
+    dones = [env.step(np.ones(1, dtype=int))[2][0] for _ in range(30)]
+    assert sum(dones) >= 2  # pushed to one side, the pole falls after some ten steps
+
+
 def test_wrappers_around_single_transitions_stay_welcome():
     env = GymnasiumVecEnv(vector_wrappers.ClipReward(gym.make_vec("Pendulum-v1", 2, vectorization_mode="sync"), -1, 0))
     env.reset()

@@ -392,24 +392,34 @@ def test_closing_leaves_no_threads():
     assert len(os.listdir("/proc/self/task")) == before
 
 
-@pytest.mark.skipif(usable_cpus() < 2 or find_current_cpu() is None, reason="needs two CPUs that can be told apart")
+CAN_PLACE = pytest.mark.skipif(
+    usable_cpus() < 2 or find_current_cpu() is None, reason="needs two CPUs that can be told apart"
+)
+
+
+@CAN_PLACE
 def test_the_other_threads_may_run_on_every_cpu_but_the_callers_which_may_run_on_all():
     usable = os.sched_getaffinity(0)
-    env = MujocoVecEnv("Reacher-v5", 3, n_threads=3)
+    env = MujocoVecEnv("Reacher-v5", 3, n_threads=2)
     env.reset()
-    cpu = min(usable)
-    os.sched_setaffinity(0, {cpu})  # the caller is here for the step
-    try:
-        env.step(np.zeros((3, 2)))
-        # The caller's set has one CPU, so there is no other: nothing is changed, and the threads keep theirs.
-        assert [os.sched_getaffinity(worker) for worker in env._placement.workers] == [usable] * 2
-    finally:
-        os.sched_setaffinity(0, usable)
-    for _ in range(100):
-        env.step(np.zeros((3, 2)))
-        allowed = [os.sched_getaffinity(worker) for worker in env._placement.workers]
-        assert allowed == [usable - {env._placement._caller_cpu}] * 2
+    [worker] = env._placement.workers
+    for cpu in [*usable] * 2:
+        os.sched_setaffinity(0, {cpu})  # the caller is here for the step
+        try:
+            env.step(np.zeros((3, 2)))
+        finally:
+            os.sched_setaffinity(0, usable)
+        assert os.sched_getaffinity(worker) == usable - {cpu}
     assert os.sched_getaffinity(0) == usable
+
+
+@CAN_PLACE
+def test_threads_without_a_cpu_of_their_own_are_left_where_they_are():
+    usable = os.sched_getaffinity(0)
+    env = MujocoVecEnv("Reacher-v5", 3, n_threads=len(usable) + 1)
+    env.reset()
+    env.step(np.zeros((3, 2)))
+    assert [os.sched_getaffinity(worker) for worker in env._placement.workers] == [usable] * len(usable)
 
 
 @pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])

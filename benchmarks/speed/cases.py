@@ -59,6 +59,8 @@ class Case:
     #: What this package steps the environments with.
     our_vec_env: str = "fast"
     our_threads: tuple[int, ...] = (1,)
+    #: What this package's ``compile`` is in place of what the benchmark was called with.
+    our_compile: str | None = None
     #: A whole training of so many steps from an empty compiler cache; None: speed after the warm-up.
     cold_steps: int | None = None
     #: Whole iterations of at least so many steps come before the measured ones: there things are compiled.
@@ -116,9 +118,10 @@ CASES = {
             normalize=False,
             policy="CnnPolicy",
             our_threads=(1, 2),
+            our_compile="auto",
             warm_up_steps=1024,
         ),
-        _cheetah(8, 256, name="cold-20k", cold_steps=20_000),
+        _cheetah(8, 256, name="cold-20k", cold_steps=20_000, our_compile="auto"),
         _cheetah(8, 256, name="rollout-physics-share", libraries=(OURS,), physics=True),
     )
 }
@@ -166,9 +169,8 @@ def variants(case: Case, library: str, compile_setting: str, n_cores: int) -> li
     """
     threads = (1, 2) if n_cores > 1 else (1,)
     if library == OURS:
-        if case.cold_steps:
-            return [Variant(OURS, 1, case.our_vec_env, "auto")]
-        return [Variant(OURS, n, case.our_vec_env, compile_setting) for n in case.our_threads if n in threads]
+        compiled = case.our_compile or compile_setting
+        return [Variant(OURS, n, case.our_vec_env, compiled) for n in case.our_threads if n in threads]
     if library in (RLOX, CLEANRL):
         return [Variant(library, n) for n in threads]
     has_processes = 1 < case.n_envs <= MAX_PROCESSES_PER_CORE * n_cores

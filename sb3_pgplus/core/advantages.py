@@ -177,7 +177,7 @@ def discounted_returns(rewards: th.Tensor, dones: th.Tensor, initial: th.Tensor,
     check_unit_interval(gamma=gamma)
     decay = _decay(dones, rewards, gamma)
     if len(rewards) <= _SHORT:
-        results = [rewards[0] + gamma * initial]
+        results = [rewards[0] + gamma * initial.to(rewards.dtype)]
         for t in range(1, len(rewards)):
             results.append(th.addcmul(rewards[t], decay[t - 1], results[-1]))
         return th.stack(results)

@@ -332,7 +332,8 @@ def _check_wrappers(env: VectorEnv[Any, Any]) -> None:
     layer: Any = env
     while isinstance(layer, VectorWrapper):
         name = next((c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("gymnasium.")), "")
-        if name in _REFUSED_WRAPPERS:
+        alone = name == "NormalizeObservation" and env.num_envs == 1  # then nothing runs while it is reset
+        if name in _REFUSED_WRAPPERS and not alone:
             raise ValueError(
                 f"{type(layer).__name__} around a vector environment {_REFUSED_WRAPPERS[name]}: leave it out"
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -79,8 +80,9 @@ class MujocoVecEnv(VecEnv):
         before = thread_ids()
         self._batch = make_batch(batch_class, model, n_envs, self.n_threads, task_class.needs_contact_forces)
         started = thread_ids() - before
-        # Should others have started meanwhile, they cannot be told apart.
-        self._placement = WorkerPlacement(started if len(started) == self.n_threads - 1 else ())
+        # Should others have started meanwhile, they cannot be told apart; and /proc may be another namespace's.
+        is_clear = len(started) == self.n_threads - 1 and threading.get_native_id() in before
+        self._placement = WorkerPlacement(started if is_clear else ())
         self._task: Task | None = task_class(self._env.unwrapped, self._batch)
         self._owner = os.getpid()
         super().__init__(n_envs, self._env.observation_space, self._env.action_space)

@@ -520,6 +520,16 @@ def test_discounted_returns_equal_the_hand_derived_numbers() -> None:
     torch.testing.assert_close(actual, column(4, 4, 4, 10), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("n_steps", [1, 8, 9, 40])  # a loop up to eight steps, then a scan
+def test_discounted_returns_have_the_type_of_the_rewards(n_steps: int) -> None:
+    rewards, dones = torch.ones(n_steps, 2), torch.zeros(n_steps, 2)
+    returns = discounted_returns(rewards, dones, torch.ones(2, dtype=torch.float64), gamma=0.5)
+    assert returns.dtype is torch.float32
+    # R_t = 2 for all t: 1 + 0.5 · 2 = 2, from R_{-1} = 1 on 2 − 0.5^(t+1).
+    expected = 2 - 0.5 ** (torch.arange(n_steps) + 1.0)
+    torch.testing.assert_close(returns, expected[:, None].expand(-1, 2))
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
 def test_discounted_returns_can_be_taken_in_two_halves(gamma: float) -> None:
     """The carry into the second half is the last return, or nothing where the first half ended on a done."""
