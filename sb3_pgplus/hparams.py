@@ -244,7 +244,8 @@ class PolicyGradientHparams:
         :param progress_remaining: 1 at the start of training, 0 at its end
         """
         specs = _specs(type(self))
-        moved = {n: specs[n].check(n, values[n], progress_remaining) for n in self.scheduled_names()}
+        schedules = [n for n in self.scheduled_names() if not isinstance(values[n], _CONSTANTS)]
+        moved = {n: specs[n].check(n, values[n], progress_remaining) for n in schedules}
         later = object.__new__(type(self))  # past the constructor, which a frozen dataclass makes slow
         later.__dict__.update({f.name: self.__dict__[f.name] for f in fields(self)}, **moved)
         if hasattr(later, "__post_init__"):
@@ -417,6 +418,10 @@ def _specs(cls: type[PolicyGradientHparams]) -> dict[str, Spec]:
 def _spec_of(declared: "Field[Any]") -> Spec:
     spec: Spec = declared.metadata["spec"]
     return spec
+
+
+#: Of a hyperparameter's value that no progress changes.
+_CONSTANTS = (float, int, type(None))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
