@@ -28,6 +28,12 @@ _TOLERANCE = 1e-3
 #: What stands between a gradient and its step: where somebody has changed it, the step is left to it.
 _STEP_METHODS = ("train", "update", "_epoch", "_fit_critic", "_apply")
 
+#: Hyperparameters that are about rollouts, targets or how often the losses are taken, and enter none of them.
+_OUTSIDE_LOSSES = frozenset(
+    {"gamma", "gae_lambda", "advantage_estimator", "n_step_horizon", "clip_rewards", "bootstrap_truncated"}
+    | {"n_epochs", "n_critic_epochs", "n_critic_updates", "desired_kl", "adaptive_kl_target"}
+)
+
 #: Buffers whose minibatches have one layout.
 _BUFFERS = (TorchRolloutBuffer, TorchDictRolloutBuffer)
 
@@ -136,7 +142,8 @@ class CompiledUpdate:
         buffer = problem.owner.rollout_buffer
         if not is_stock or type(buffer) not in _BUFFERS or "get" in vars(buffer):
             self._shapes = shapes(flat)
-        constants = tuple([value for name, value in problem.hp.__dict__.items() if name not in self._scheduled])
+        left_out = _OUTSIDE_LOSSES.union(self._scheduled)
+        constants = tuple([value for name, value in problem.hp.__dict__.items() if name not in left_out])
         trained = tuple([id(tensor) in trained_ids for tensor in self._values])
         key = (problem.variant, constants, self._known.number, shapes(flat), trained, tuple(problem.limits))
         if is_stock and self._take_over(self._engine.ready.get(self._unit), key):

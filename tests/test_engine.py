@@ -364,6 +364,21 @@ def test_a_layer_frozen_between_two_updates_is_noticed() -> None:
     assert "update: compiled (2 version(s)" in model.engine_report()
 
 
+def test_what_enters_no_loss_changes_in_mid_training_without_compiling_again() -> None:
+    change = {"gamma": 0.9, "gae_lambda": 0.5, "advantage_estimator": "n_step", "n_step_horizon": 3}
+    change |= {"n_epochs": 3, "clip_rewards": 1.0, "bootstrap_truncated": False, "desired_kl": 0.01}
+
+    def changed(compile: bool) -> Any:
+        model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=compile).learn(ITERATION)
+        for name, value in change.items():
+            setattr(model, name, value)
+        return model.learn(ITERATION, reset_num_timesteps=False)
+
+    compiled, eager = changed(True), changed(False)
+    assert "update: compiled (1 version(s), 10 calls)" in compiled.engine_report()  # 2 epochs × 2, then 3 × 2
+    th.testing.assert_close(parameters_of(compiled), parameters_of(eager), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "change",
     [
