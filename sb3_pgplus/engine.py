@@ -373,9 +373,9 @@ def _compile_policy_step(policy: Any, tensors: Tensors, observations: Any, draws
         results: tuple[th.Tensor, ...] = tensors.replaced(flat[:n_tensors], act, inputs, noise)
         return results
 
-    state = th.get_rng_state()  # examples of noise must not move the random stream
-    example = [*tensors.values, *flat_observations(observations), *(draw() for draw in draws)]
-    th.set_rng_state(state)
+    inputs = [*tensors.values, *flat_observations(observations)]
+    with th.random.fork_rng({x.device.index for x in inputs if x.is_cuda}):  # examples must not move the random stream
+        example = [*inputs, *(draw() for draw in draws)]
     before = dict(vars(policy.action_dist))
     try:
         with without_distribution_checks(), th.no_grad():
