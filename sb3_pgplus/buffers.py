@@ -130,9 +130,9 @@ class TorchRolloutBuffer(RolloutBuffer):
     advantages = _NumpyView("advantages")
     returns = _NumpyView("returns")
 
-    #: Observations keep the order in memory in which they come, on a CPU: of images, which SB3 hands over with the
-    #: channels last, convolutions learn more than twice as fast so. Off, minibatches are contiguous, as SB3's are.
-    keeps_memory_order = True
+    #: How observations lie in memory on a CPU: as they come, or always contiguous, as SB3's, or pictures always with
+    #: the channels last, from which convolutions learn more than twice as fast. Most pictures come so.
+    memory_format = th.preserve_format
     _storage: dict[str, Any] | None = None
     #: NumPy views of the storage, where it lies on the CPU.
     _rows: dict[str, np.ndarray[Any, Any]] | None = None
@@ -318,10 +318,12 @@ class TorchRolloutBuffer(RolloutBuffer):
     def _zeros_like(self, obs: Any, shape: tuple[int, ...]) -> th.Tensor:
         array = np.asarray(obs)
         template = th.from_numpy(np.zeros(0, dtype=_STORAGE_DTYPES.get(array.dtype, array.dtype)))
-        if not self.keeps_memory_order or th.device(self.device).type != "cpu" or array.shape[1:] != shape:
-            order = [*range(len(shape))]
-        else:
-            order = _memory_order(array)
+        order = [*range(len(shape))]
+        if th.device(self.device).type == "cpu":
+            if self.memory_format is th.channels_last and len(shape) == 3:
+                order = [1, 2, 0]
+            elif self.memory_format is not th.contiguous_format and array.shape[1:] == shape:
+                order = _memory_order(array)
         stored = template.new_zeros((self.buffer_size, self.n_envs, *(shape[i] for i in order)), device=self.device)
         return stored.permute(0, 1, *(2 + order.index(i) for i in range(len(shape))))
 

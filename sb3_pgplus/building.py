@@ -76,10 +76,10 @@ class ModelBuilding(_Base):
             n_envs=self.n_envs,
             **self.rollout_buffer_kwargs,
         )
-        if isinstance(buffer, TorchRolloutBuffer):
-            buffer.keeps_memory_order = not hp.sb3_exact
-        else:
+        if not isinstance(buffer, TorchRolloutBuffer):
             self._check_foreign_buffer(hp, buffer)
+        elif hp.sb3_exact:
+            buffer.memory_format = th.contiguous_format
         return buffer
 
     def _check_foreign_buffer(self, hp: PolicyGradientHparams, buffer: RolloutBuffer) -> None:

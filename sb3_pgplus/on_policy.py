@@ -37,7 +37,7 @@ from sb3_pgplus.guards import check_finite_step, without_distribution_checks
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.persistence import Persistence
-from sb3_pgplus.policies import RunningMoments, has_convolutions, set_training_mode
+from sb3_pgplus.policies import RunningMoments, has_convolutions, has_stock_features, set_training_mode
 from sb3_pgplus.resuming import Resuming
 from sb3_pgplus.rollouts import RolloutProcessing
 from sb3_pgplus.schedules import as_schedule, describe_schedule, is_constant
@@ -140,6 +140,8 @@ class PolicyGradientPlus(
             self._check_batch(hp, self.env.num_envs)
         self.rollout_buffer = self._make_rollout_buffer(hp)
         self.policy = self._make_policy(hp)
+        if isinstance(self.rollout_buffer, TorchRolloutBuffer) and not hp.sb3_exact and has_stock_features(self.policy):
+            self.rollout_buffer.memory_format = th.channels_last
         self.reward_normalizer = RunningMoments().to(self.device)
         self.value_normalizer = RunningMoments().to(self.device)
         self._rollout_end = RolloutEnd()

@@ -13,6 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Normal
@@ -360,6 +361,15 @@ def has_convolutions(module: nn.Module) -> bool:
     :param module: a policy, for example
     """
     return any(isinstance(part, nn.modules.conv._ConvNd) for part in submodules(module))
+
+
+def has_stock_features(policy: BasePolicy) -> bool:
+    """
+    :param policy: any
+    :return: whether its features are SB3's, which ask nothing of how pictures lie in memory
+    """
+    extractor = getattr(policy, "features_extractor", None)
+    return type(extractor) in (NatureCNN, CombinedExtractor)
 
 
 def set_training_mode(policy: BasePolicy, mode: bool) -> None:

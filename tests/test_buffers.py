@@ -11,6 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_pgplus import PPOPlus, TorchDictRolloutBuffer, TorchRolloutBuffer, presets
@@ -133,12 +134,12 @@ def test_every_rollout_lies_in_the_same_storage():
 IMAGE = spaces.Box(0, 255, (4, 6, 5), np.uint8)
 
 
-def image_rollout(space, *, keeps_memory_order=True, channels_last=True):
+def image_rollout(space, *, memory_format=th.preserve_format, channels_last=True):
     """A rollout of random pictures, C × H × W as SB3 hands them over: transposed, and so with the channels last."""
     is_dict = isinstance(space, spaces.Dict)
     buffer_class = TorchDictRolloutBuffer if is_dict else TorchRolloutBuffer
     buffer = buffer_class(T, space, spaces.Discrete(2), device="cpu", n_envs=N)
-    buffer.keeps_memory_order = keeps_memory_order
+    buffer.memory_format = memory_format
     rng = np.random.default_rng(0)
     for _ in range(T):
         pixels = rng.integers(0, 256, (N, 6, 5, 4), dtype=np.uint8).transpose(0, 3, 1, 2)
@@ -156,10 +157,11 @@ def picture_of(observations):
 @pytest.mark.parametrize("space", [IMAGE, spaces.Dict({"image": IMAGE, "b": spaces.Box(0, 255, (1,), np.uint8)})])
 def test_pictures_stay_in_memory_as_they_come_and_hold_the_same_pixels(space):
     """Strides of a C × H × W = 4 × 6 × 5 picture: channels last (1, 5·4, 4), the usual (6·5, 5, 1)."""
-    kept, plain = image_rollout(space), image_rollout(space, keeps_memory_order=False)
+    kept, plain = image_rollout(space), image_rollout(space, memory_format=th.contiguous_format)
     usual = image_rollout(space, channels_last=False)
+    moved = image_rollout(space, channels_last=False, memory_format=th.channels_last)
     strides = {}
-    for name, buffer in {"kept": kept, "plain": plain, "usual": usual}.items():
+    for name, buffer in {"kept": kept, "plain": plain, "usual": usual, "moved": moved}.items():
         np.random.seed(7)
         [whole] = list(buffer.get())
         np.random.seed(7)
@@ -175,7 +177,8 @@ def test_pictures_stay_in_memory_as_they_come_and_hold_the_same_pixels(space):
         assert th.equal(picture_of(whole.observations), picture_of(expected.observations))
         assert th.equal(picture_of(buffer.flat("observations")), picture_of(plain.flat("observations")))
         np.testing.assert_array_equal(picture_of(buffer.observations), picture_of(plain.observations))
-    assert strides == {"kept": {(1, 20, 4)}, "plain": {(30, 5, 1)}, "usual": {(30, 5, 1)}}
+    last, usual_strides = {(1, 20, 4)}, {(30, 5, 1)}
+    assert strides == {"kept": last, "plain": usual_strides, "usual": usual_strides, "moved": last}
 
 
 @pytest.mark.parametrize(
@@ -215,6 +218,24 @@ def test_pictures_give_the_gradient_of_contiguous_ones_up_to_rounding():
     kept, plain = gradients
     assert samples.observations.stride() != samples.observations.contiguous().stride()
     assert (kept - plain).norm() < 1e-5 * plain.norm()
+
+
+class Mean(BaseFeaturesExtractor):
+    """Features of the user's own."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 1)
+
+    def forward(self, observations):
+        return observations.view(len(observations), -1).mean(dim=1, keepdim=True)
+
+
+def test_pictures_with_the_channels_first_are_moved_for_sb3s_features_and_left_alone_for_ones_own():
+    image = spaces.Box(0, 255, (3, 36, 40), np.uint8)
+    ours = {"policy_kwargs": {"features_extractor_class": Mean}}
+    models = [PPOPlus("CnnPolicy", Noise(image), **SMALL, **kwargs).learn(8) for kwargs in ({}, ours)]
+    strides = [next(model.rollout_buffer.get()).observations.stride()[1:] for model in models]
+    assert strides == [(1, 120, 3), (1440, 40, 1)]
 
 
 def test_sb3s_rounding_needs_sb3s_contiguous_minibatches():
