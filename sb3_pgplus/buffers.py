@@ -371,8 +371,9 @@ def as_tensor(array: Any) -> th.Tensor:
         return array
     array = np.asarray(array)
     array = array.astype(_STORAGE_DTYPES.get(array.dtype, array.dtype), copy=not array.flags.writeable)
-    can_share = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
-    return th.from_numpy(array if can_share else np.ascontiguousarray(array))
+    if not array.flags.c_contiguous and any([stride < 0 or stride % array.itemsize for stride in array.strides]):
+        array = np.ascontiguousarray(array)
+    return th.from_numpy(array)
 
 
 def _memory_order(batch: np.ndarray[Any, Any]) -> list[int]:
@@ -394,8 +395,7 @@ def _in_memory_order(tensor: th.Tensor, function: Callable[[th.Tensor], th.Tenso
     :param tensor: the rollout
     :param function: of it
     """
-    order = tensor.dim_order()
-    if tensor.is_contiguous() or order[:2] != (0, 1):
+    if tensor.is_contiguous() or (order := tensor.dim_order())[:2] != (0, 1):
         return function(tensor)
     return function(tensor.permute(order)).permute(0, *(order.index(i) - 1 for i in range(2, tensor.dim())))
 

@@ -76,15 +76,21 @@ class RunningMoments(nn.Module):
         Add a batch of samples.
 
         :param batch: ``[B, *shape]``
+        :raises ValueError: if the samples have another shape
         """
-        stored, new = Moments(self.mean, self.var, self.count), moments_of(batch)
-        old = stored
-        if self.mean.device.type == "cpu" and self.mean.dtype is th.float64:  # the same arithmetic, less overhead
-            old, new = (Moments(*(tensor.numpy() for tensor in moments)) for moments in (old, new))
-        with np.errstate(all="ignore"):  # as torch has it
-            merged = merge_moments(old, new)
-        for tensor, value in zip(stored, merged, strict=True):
-            tensor.copy_(th.as_tensor(value))
+        mean = self.mean
+        if batch.shape[1:] != mean.shape:
+            raise ValueError(f"`batch` must have shape [B, {str([*mean.shape])[1:-1]}], got {[*batch.shape]}")
+        old, new = Moments(mean, self.var, self.count), moments_of(batch)
+        if mean.device.type != "cpu" or mean.dtype is not th.float64:
+            for stored, merged in zip(old, merge_moments(old, new), strict=True):
+                stored.copy_(merged)
+            return
+        # The same arithmetic in the same memory, with a fifth of torch's overhead, and as silent.
+        old, new = (Moments(*(tensor.numpy() for tensor in moments)) for moments in (old, new))
+        with np.errstate(all="ignore"):
+            for stored, merged in zip(old, merge_moments(old, new), strict=True):
+                np.copyto(stored, merged)
 
 
 class ObservationNormalizer(nn.Module):

@@ -269,3 +269,11 @@ def test_statistics_are_merged_where_numpy_would_raise():
         moments = RunningMoments(())
         moments.merge(th.tensor([1e-170, 2e-170], dtype=th.float64))
     assert moments.mean.isfinite() and moments.var.isfinite()
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 1, 3), (4,)])
+def test_statistics_of_samples_of_another_shape_are_refused(shape):
+    moments = RunningMoments((3,))
+    with pytest.raises(ValueError, match=r"`batch` must have shape \[B, 3\]"):
+        moments.merge(th.ones(shape))
+    assert moments.is_initial
