@@ -67,6 +67,8 @@ class Engine:
 
     setting: bool | str
     announce: bool = False
+    #: Whether nobody else's code runs between two looks at the modules, so that a second one would find the same.
+    is_undisturbed: bool = False
     _wanted: set[str] = field(default_factory=set)
     _functions: dict[str, dict[Hashable, Compiled]] = field(default_factory=dict)
     #: Unit → why it runs eagerly.
@@ -84,7 +86,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: compiled code stays in its process, and what is known of modules goes by their addresses."""
-        fresh = Engine(self.setting, self.announce, set(self._wanted), _reasons=dict(self._reasons))
+        fresh = Engine(self.setting, self.announce, _wanted=set(self._wanted), _reasons=dict(self._reasons))
         return dict(fresh.__dict__)
 
     def plan(self, calls: Mapping[str, int]) -> None:
@@ -160,8 +162,10 @@ class Engine:
     def _inspect(self, modules: dict[str, nn.Module]) -> Known:
         """What is known about some modules, the policy among them, in the state in which they are now."""
         names = tuple(modules)
-        if names in self._inspected and self._inspected[names][0].is_of(modules.values()):  # nearly always, and quick
-            return self._inspected[names][1]
+        if names in self._inspected:  # nearly always
+            snapshot, known = self._inspected[names]
+            if snapshot.is_of(modules.values()) and (self.is_undisturbed or snapshot.still_holds()):
+                return known
         if any(isinstance(module, th.jit.ScriptModule) for module in submodules(*modules.values())):
             return Known(0, Tensors({}), "a part of the policy is a ScriptModule")
         fingerprints = fingerprint(modules.values())

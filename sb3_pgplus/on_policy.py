@@ -41,6 +41,7 @@ from sb3_pgplus.policies import RunningMoments, has_convolutions, has_stock_feat
 from sb3_pgplus.resuming import Resuming
 from sb3_pgplus.rollouts import RolloutProcessing
 from sb3_pgplus.schedules import as_schedule, describe_schedule, is_constant
+from sb3_pgplus.tracing import foreign_methods
 from sb3_pgplus.training_state import ActsBetweenIterations, between_iterations
 from sb3_pgplus.updates import GradientUpdates
 from sb3_pgplus.vec_env.make import make_vec_env
@@ -240,6 +241,8 @@ class PolicyGradientPlus(
         except BaseException as error:
             tell_failure(callback, error)
             raise
+        finally:
+            self._engine.is_undisturbed = False
         self._merge_observations(self.rollout_buffer)
         tell_return(callback)
         return self
@@ -261,6 +264,7 @@ class PolicyGradientPlus(
         self._finish_resuming(callback)
         assert self.env is not None
         listeners = between_iterations(callback)
+        first, ours_alone = iteration, self._runs_ours_alone(callback)
         while self._may_go_on(listeners, callback) and self.num_timesteps < total_timesteps:
             if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
                 break
@@ -269,7 +273,13 @@ class PolicyGradientPlus(
             if log_interval is not None and iteration % log_interval == 0:
                 self.dump_logs(iteration)
             self.train()
+            # The first pass through the policy still changes something: which distribution it has.
+            self._engine.is_undisturbed = ours_alone and iteration > first + 1
         callback.on_training_end()
+
+    def _runs_ours_alone(self, callback: BaseCallback) -> bool:
+        """Whether the training runs nobody's code but this package's, SB3's and the environments'."""
+        return is_known(callback) and not foreign_methods(self, PolicyGradientPlus, __name__.partition(".")[0])
 
     def _may_go_on(self, listeners: list[ActsBetweenIterations], callback: BaseCallback) -> bool:
         """Between two iterations nothing is under way: no rollout, no update."""

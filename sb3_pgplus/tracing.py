@@ -143,6 +143,21 @@ def foreign_method(owner: object, names: Iterable[str], package: str) -> str | N
     return None
 
 
+def foreign_methods(owner: object, base: type, package: str) -> bool:
+    """
+    Look for any method below a base class that is not the package's own, in the object as well.
+
+    :param owner: the algorithm
+    :param base: where the package's classes begin
+    :param package: name of the package
+    """
+    kinds = (FunctionType, classmethod, staticmethod)
+    classes = [c for c in type(owner).__mro__ if issubclass(c, base)]
+    names = {name for c in classes for name, value in vars(c).items() if isinstance(value, kinds)}
+    names |= {name for name in vars(owner) if isinstance(getattr(type(owner), name, None), FunctionType)}
+    return foreign_method(owner, names, package) is not None
+
+
 def _is_of(function: object, package: str) -> bool:
     """By where its code is: a wrapper calls itself what it wraps."""
     home = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else ""
@@ -219,11 +234,11 @@ class Snapshot:
 
     def is_of(self, modules: Iterable[nn.Module]) -> bool:
         """
-        Whether it is these modules' and still holds.
+        Whether it is these modules'.
 
         :param modules: as many as it was made of
         """
-        return all(map(is_, modules, self._roots)) and self.still_holds()
+        return all(map(is_, modules, self._roots))
 
     def still_holds(self) -> bool:
         """Whether nothing has been replaced, added or taken away since."""

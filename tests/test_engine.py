@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EveryNTimesteps, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
@@ -362,6 +362,63 @@ def test_a_layer_frozen_between_two_updates_is_noticed() -> None:
     model.learn(ITERATION, reset_num_timesteps=False)
     assert th.equal(layer, before)
     assert "update: compiled (2 version(s)" in model.engine_report()
+
+
+class _Overriding(PPOPlus):
+    def after_update(self, hp: Any) -> None:
+        pass
+
+
+class _Watching(BaseCallback):
+    def _on_step(self) -> bool:
+        return True
+
+
+def _replaced(**kwargs: Any) -> Any:
+    model: Any = PPOPlus(**kwargs)
+    model.before_update = lambda hp: None
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "callback", "expected"),
+    [
+        (PPOPlus, None, [False, False, True, True]),
+        (TRPOPlus, EveryNTimesteps(64, StopTrainingOnMaxEpisodes(1000)), [False, False, True, True]),
+        (PPOPlus, _Watching(), [False] * 4),
+        (PPOPlus, lambda *_: True, [False] * 4),
+        (_replaced, None, [False] * 4),
+        (_Overriding, None, [False] * 4),
+    ],
+    ids=["ours alone", "SB3's callbacks", "a callback", "a function", "a replaced method", "an overridden method"],
+)
+def test_modules_are_looked_at_in_every_iteration_where_somebody_elses_code_runs(
+    make: Any, callback: Any, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    policy_step = Engine.policy_step
+
+    def observed(engine: Engine, *args: Any) -> Any:
+        seen.append(engine.is_undisturbed)
+        return policy_step(engine, *args)
+
+    monkeypatch.setattr(Engine, "policy_step", observed)
+    model = make(policy="MlpPolicy", env="Pendulum-v1", **SMALL)
+    model.learn(4 * ITERATION, callback)
+    assert seen == expected
+    assert not model._engine.is_undisturbed  # whatever comes after `learn` is looked at
+
+
+def test_a_failed_training_leaves_nobody_undisturbed() -> None:
+    class Failing(Arms):
+        def step(self, action: Any) -> Any:
+            self.taken = getattr(self, "taken", 0) + 1
+            return ({}[0], 0.0, False, False, {}) if self.taken > 120 else super().step(action)
+
+    model = A2CPlus("MlpPolicy", Failing(spaces.Discrete(2)), **{**SMALL, "n_envs": 1})
+    with pytest.raises(KeyError):
+        model.learn(1000)
+    assert not model._engine.is_undisturbed
 
 
 def test_what_enters_no_loss_changes_in_mid_training_without_compiling_again() -> None:
