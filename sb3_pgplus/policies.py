@@ -64,7 +64,7 @@ class RunningMoments(nn.Module):
     @property
     def is_initial(self) -> bool:
         """Whether no data has been merged yet."""
-        return bool(self.count <= _INITIAL_COUNT)
+        return float(self.count) <= _INITIAL_COUNT
 
     def std(self) -> th.Tensor:
         """``√(var + ε)``, VecNormalize's denominator."""
