@@ -74,20 +74,30 @@ def policy_kwargs(spec: dict[str, Any]) -> dict[str, Any]:
     return {} if spec["policy"] == "CnnPolicy" else {"net_arch": list(spec["net_arch"])}
 
 
-def timed(cls: Any, stopwatch: Stopwatch, seen: Callable[[], None]) -> Any:
+def mark_iterations(model: Any, stopwatch: Stopwatch) -> None:
     """
-    The class with marks where rollouts begin and, through ``seen``, where they end. A callback would be called in every
-    step, and what that costs depends on the library; plain trainings have none.
+    Mark where rollouts begin, which is where each of the libraries clears its buffer. A callback would be called in
+    every step, and what that costs, or a class of our own, depends on the library; plain trainings have neither.
     """
+    reset = model.rollout_buffer.reset
 
-    class Timed(cls):  # type: ignore[misc]  # of whichever library
+    def marked() -> None:
+        stopwatch.iteration_begins()
+        reset()
+
+    model.rollout_buffer.reset = marked
+
+
+def telling(cls: Any, seen: Callable[[], None]) -> Any:
+    """The class, calling ``seen`` where rollouts end."""
+
+    class Telling(cls):  # type: ignore[misc]  # of whichever library
         def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
-            stopwatch.iteration_begins()
             goes_on: bool = super().collect_rollouts(*args, **kwargs)
             seen()
             return goes_on
 
-    return Timed
+    return Telling
 
 
 class PhysicsShare:
@@ -141,8 +151,9 @@ def main() -> None:
     env = our_environments(spec) if spec["library"] == OURS else stock_environments(spec)
     arguments = {**ours, "n_steps": spec["n_steps"], **spec["settings"], "policy_kwargs": policy_kwargs(spec)}
     share = PhysicsShare(env, stopwatch) if spec["physics"] else None
-    timed_cls = timed(cls, stopwatch, share.rollout_ended if share else lambda: None)
-    model = timed_cls(spec["policy"], env, seed=spec["seed"], device="cpu", **arguments)
+    cls = telling(cls, share.rollout_ended) if share else cls
+    model = cls(spec["policy"], env, seed=spec["seed"], device="cpu", **arguments)
+    mark_iterations(model, stopwatch)
     stopwatch.run(lambda: model.learn(stopwatch.total_steps))
     result = stopwatch.result()
     if share is not None:
