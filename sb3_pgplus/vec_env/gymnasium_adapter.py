@@ -29,12 +29,6 @@ _ADVICE = (
     "Build it with gym.make_vec(..., vectorization_mode='sync', "
     "vector_kwargs={'autoreset_mode': gym.vector.AutoresetMode.SAME_STEP})."
 )
-#: Vector wrappers whose outputs belong to no single environment → why, and what to do instead.
-_REFUSED_WRAPPERS = {
-    "NormalizeObservation": "changes what running environments show while others are reset. The model normalises "
-    "observations itself (normalize_observations), and SB3 has VecNormalize",
-    "DictInfoToList": "takes infos apart that are read here as Gymnasium gives them. SB3's infos are a list anyway",
-}
 _FINAL_KEYS = ("final_obs", "_final_obs", "final_info", "_final_info")
 
 
@@ -54,7 +48,10 @@ class GymnasiumVecEnv(VecEnv):
     def __init__(self, env: VectorEnv[Any, Any], full_infos: bool = False) -> None:
         if not isinstance(env, VectorEnv):
             raise TypeError(f"expected a gymnasium.vector.VectorEnv, got {type(env).__name__}")
-        _check_wrappers(env)
+        if "DictInfoToList" in _wrappers_of(env):
+            raise ValueError(
+                "DictInfoToList takes apart infos that are read here as Gymnasium gives them: leave it out"
+            )
         self.env = env
         self._is_closed = False
         self.full_infos = full_infos
@@ -328,16 +325,14 @@ def _resets_partially(env: VectorEnv[Any, Any]) -> bool:
     return all(_same(old[~mask], new[~mask]) for old, new in array_pairs(before, after))
 
 
-def _check_wrappers(env: VectorEnv[Any, Any]) -> None:
+def _wrappers_of(env: VectorEnv[Any, Any]) -> set[str]:
+    """:return: names of Gymnasium's classes around a vector environment, those of a user's subclasses included"""
+    names: set[str] = set()
     layer: Any = env
     while isinstance(layer, VectorWrapper):
-        name = next((c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("gymnasium.")), "")
-        alone = name == "NormalizeObservation" and env.num_envs == 1  # then nothing runs while it is reset
-        if name in _REFUSED_WRAPPERS and not alone:
-            raise ValueError(
-                f"{type(layer).__name__} around a vector environment {_REFUSED_WRAPPERS[name]}: leave it out"
-            )
+        names |= {c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("gymnasium.")}
         layer = layer.env
+    return names
 
 
 def _autoreset_mode(env: VectorEnv[Any, Any]) -> AutoresetMode:
