@@ -448,7 +448,7 @@ def tune(
 @app.command()
 def benchmark(
     *,
-    suite: Annotated[str, typer.Option("--suite", help="mujoco, sb3, classic or ablation.")] = "mujoco",
+    suite: Annotated[str, typer.Option("--suite", help="mujoco, sb3, time, classic or ablation.")] = "mujoco",
     algos: Annotated[str | None, typer.Option("--algos", help="Some of the suite's, with commas; see --list.")] = None,
     envs: Annotated[str | None, typer.Option("--envs", help="Some of the suite's tasks, with commas.")] = None,
     seeds: Annotated[
@@ -458,7 +458,8 @@ def benchmark(
         float | None, typer.Option("--steps", help="Of a training; results of another length have their own folder.")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Trainings side by side; by default one for each processor.")
+        int | None,
+        typer.Option("--jobs", min=1, help="Trainings side by side; by default one per processor (time: one)."),
     ] = None,
     store: Annotated[
         Path | None, typer.Option("--store", help="Folder of the results; by default benchmarks/results/suite.")
@@ -494,9 +495,8 @@ def benchmark(
         if show_list:
             console.print(command.plan_table(runs, folder))
             return
-        outcome = command.run(
-            runs, folder, jobs=jobs or usable_cpus(), replace=replace, progress=progress, console=console
-        )
+        jobs = jobs or (1 if any(run.is_timed for run in runs) else usable_cpus())
+        outcome = command.run(runs, folder, jobs=jobs, replace=replace, progress=progress, console=console)
     if outcome.failed:
         raise typer.Exit(EXIT_FAILED)
 

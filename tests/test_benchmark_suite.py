@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch as th
 from scipy.stats import mannwhitneyu
 from stable_baselines3.common.vec_env import VecNormalize
 from typer.testing import CliRunner
@@ -28,6 +29,7 @@ from sb3_pgplus.benchmarking.suites import MUJOCO_TASKS, Run, parse_seeds, plan
 from sb3_pgplus.benchmarking.trainings import Protocol
 from sb3_pgplus.cli import app
 from sb3_pgplus.configs import ConfigError, algorithm_class, resolve_settings
+from sb3_pgplus.vec_env.common import usable_cpus
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTOCOL = Protocol(n_evaluations=12, n_episodes=2)
@@ -164,6 +166,14 @@ def test_the_mujoco_suite_is_complete_stage_by_stage() -> None:
     }
     assert {r.settings.n_timesteps for r in runs} == {1_000_000}
     assert len({str(r) for r in runs}) == len(runs)
+
+
+def test_the_time_suite_trains_ours_and_theirs_by_turns() -> None:
+    assert [(r.group, r.variant.name, r.env, r.seed) for r in plan("time")] == [
+        ("time", name, "HalfCheetah-v5", seed) for seed in range(3) for name in ("ppoplus", "sb3-ppo-own")
+    ]
+    assert all(r.is_timed for r in plan("time")) and not any(r.is_timed for r in plan("mujoco"))
+    assert {r.env for r in plan("time", envs=["Hopper-v5"])} == {"Hopper-v5"}
 
 
 def test_further_seeds_come_after_all_stages() -> None:
@@ -324,6 +334,27 @@ def test_sb3_in_its_own_environments_gives_the_same_returns_to_the_bit_so_that_o
     assert [ours["backend"], own["backend"]] == ["mujoco", "dummy"]
     assert own["evaluations"]["returns"] == ours["evaluations"]["returns"]
     assert own["training"] == ours["training"]
+
+
+def test_a_timed_run_has_as_many_threads_as_there_are_processors() -> None:
+    connection: Any = Silent()
+    [run] = tiny_plan(algos=["a2cplus"], seeds=[0])
+    before = th.get_num_threads()
+    try:
+        th.set_num_threads(1)  # as the suite's processes have it
+        beside, alone = (
+            trainings.result(replace(run, is_timed=timed), PROTOCOL, {}, connection) for timed in (False, True)
+        )
+    finally:
+        th.set_num_threads(before)
+    assert [beside["threads"], alone["threads"]] == [1, usable_cpus()]
+    assert alone["evaluations"]["steps"] == beside["evaluations"]["steps"]
+
+
+def test_where_time_is_measured_several_jobs_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--jobs 2: what is measured here is time"):
+        runner.make(plan("time"), tmp_path / "store", jobs=2)
+    assert not any(tmp_path.rglob("*.json.gz"))
 
 
 # --- a suite ----------------------------------------------------------------------------------------------------------
@@ -525,6 +556,14 @@ def test_the_time_to_a_goal_is_that_of_the_first_evaluation_there() -> None:
     results = Results("mujoco", [run for run in results.runs if run.variant == "ppoplus"] + elsewhere)
     text = tables.times_to_goal(results, [("ppoplus", "sb3-ppo-same")], ["HalfCheetah-v5"])
     assert "| 23.2 | 2.00 | 5.00 | – |" in text
+
+
+def test_the_time_group_has_its_own_tables_of_the_minutes_and_of_the_time_to_the_goal() -> None:
+    results = Results("time", [a_run([0, 50, 90, 70, 100]), a_run([0, 0, 0, 20, 125], "sb3-ppo-own")])
+    texts = dict(tables.sections(results))
+    assert texts["Minutes"].splitlines()[2] == "| HalfCheetah-v5 | 5.0 | 5.0 |"
+    assert "| 23.2 | 2.00 | 5.00 | 0.40 |" in texts["Time to 80 % of the score"]
+    assert [title for title, _ in figures.draw(results, Path("nowhere"), anew=False)] == []
 
 
 def test_a_cell_says_how_many_seeds_it_has_and_an_interval_needs_two() -> None:

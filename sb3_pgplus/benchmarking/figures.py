@@ -19,6 +19,8 @@ from sb3_pgplus.benchmarking.suites import (
     OURS,
     OWN,
     REFERENCE_TASKS,
+    TIMED,
+    TIMED_TASKS,
     Variant,
     ablation_variants,
 )
@@ -94,6 +96,9 @@ def _figures(results: Results) -> list[tuple[str, str, Callable[[], Figure | Non
                 "Performance profile on the tasks beside SB3",
                 lambda: _profile(results, everything, REFERENCE_TASKS, "Four tasks"),
             ),
+        ],
+        "time": [
+            ("time", "Return by training time", lambda: _curves(results, TIMED, TIMED_TASKS, minutes, MINUTES)),
         ],
         "classic": [("steps", "Return by environment steps", lambda: _curves(results, OURS, classic, steps, "steps"))],
         "ablation": [("scores", "The ablation", lambda: _ablation(results))],

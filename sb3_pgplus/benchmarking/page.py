@@ -15,7 +15,12 @@ from sb3_pgplus.configs import ConfigError
 from sb3_pgplus.files import write_atomically
 
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
-TITLES = {"mujoco": "MuJoCo", "classic": "Classic control and Box2D", "ablation": "Implementation matters"}
+TITLES = {
+    "mujoco": "MuJoCo",
+    "time": "MuJoCo, each training alone on the machine",
+    "classic": "Classic control and Box2D",
+    "ablation": "Implementation matters",
+}
 EMPTY = f"# Results\n\n{BEGIN}{END}\n"
 
 

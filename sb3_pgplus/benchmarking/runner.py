@@ -110,10 +110,12 @@ def make(
     :param protocol: how to evaluate
     :param progress: draw a bar, or print a line for each run where there is no terminal
     :param console: where to report to, by default nowhere
-    :raises ConfigError: if stored runs have other settings
+    :raises ConfigError: if stored runs have other settings, or several jobs would falsify times
     :raises KeyboardInterrupt: if Ctrl-C is pressed; finished runs are kept, those under way are given up
     """
     store.check_folder(folder)
+    if jobs > 1 and any(run.is_timed for run in runs):
+        raise ConfigError(f"--jobs {jobs}: what is measured here is time, and each training needs the machine alone")
     protocol = protocol or Protocol()
     queue = missing(runs, folder, protocol, replace=replace)
     estimates = Estimates.of(runs, folder)

@@ -54,9 +54,11 @@ OTHERS = (
 )
 OWN = Variant("sb3-ppo-own", "SB3 PPO, same settings, its own environments", "sb3-ppo", SAME_AND_OWN)
 """As SB3's users train. Its returns are those of ``sb3-ppo-same`` to the bit; what is measured is the time."""
+TIMED = (OURS[0], OWN)
+TIMED_TASKS = REFERENCE_TASKS
 CLASSIC = tuple(replace(variant, settings=PER_TASK) for variant in OURS)
 VARIANTS = {variant.name: variant for variant in (*OURS, *PER_TASK_OURS, *OTHERS, OWN)}
-"""Those of the groups ``mujoco`` and ``classic``."""
+"""Those of the groups ``mujoco``, ``time`` and ``classic``."""
 
 Cell = tuple[Variant, str]
 
@@ -78,6 +80,8 @@ class Suite:
     n_timesteps: int | None
     """Of a training; ``None``: what zoo_configs says."""
     stages: tuple[Stage, ...]
+    is_timed: bool = False
+    """Whether each training has the machine alone, all of it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Run:
     group: str
     variant: Variant
     settings: RunSettings
+    is_timed: bool = False
+    """Whether it has as many threads as there are processors, as a user's training has; otherwise it has one."""
 
     @property
     def env(self) -> str:
@@ -126,6 +132,11 @@ def _references() -> Stage:
     return Stage((*compared, (OWN, REFERENCE_TASKS[0])), (0, 1, 2))
 
 
+def _time() -> Suite:
+    """Ours and theirs by turns, so that a slow hour is one for both."""
+    return Suite("time", 1_000_000, (Stage(tuple((v, TIMED_TASKS[0]) for v in TIMED), (0, 1, 2)),), is_timed=True)
+
+
 def _classic() -> Suite:
     return Suite("classic", None, (Stage(tuple((v, e) for e, v in product(CLASSIC_TASKS, CLASSIC)), (0, 1, 2)),))
 
@@ -143,10 +154,11 @@ def _ablation() -> Suite:
 SUITES = {
     "mujoco": _mujoco,
     "sb3": lambda: Suite("mujoco", 1_000_000, (_references(),)),
+    "time": _time,
     "classic": _classic,
     "ablation": _ablation,
 }
-EXTRA_TASKS = {"ablation": ("Humanoid-v5",), "classic": ("LunarLander-v3", "BipedalWalker-v3")}
+EXTRA_TASKS = {"time": TIMED_TASKS[1:], "ablation": ("Humanoid-v5",), "classic": ("LunarLander-v3", "BipedalWalker-v3")}
 """Only where ``--envs`` asks for them: long, or in need of another package."""
 
 
@@ -265,7 +277,7 @@ def plan(
     group = suite.group if n_timesteps in (None, suite.n_timesteps) else f"{suite.group}-{n_timesteps}"
     steps = n_timesteps or suite.n_timesteps
     return [
-        Run(group, variant, replace(settings_of(variant, env, steps), seed=seed))
+        Run(group, variant, replace(settings_of(variant, env, steps), seed=seed), suite.is_timed)
         for seed, (variant, env) in planned
         if (algos is None or variant.name in algos) and (envs is None or env in envs)
     ]

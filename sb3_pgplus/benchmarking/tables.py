@@ -17,6 +17,8 @@ from sb3_pgplus.benchmarking.suites import (
     OWN,
     PER_TASK_OURS,
     REFERENCE_TASKS,
+    TIMED,
+    TIMED_TASKS,
     VARIANTS,
     Variant,
     ablation_variants,
@@ -297,7 +299,12 @@ def sections(results: Results) -> list[tuple[str, str]]:
 
     :param results: of a group
     """
-    kinds = {"mujoco": _mujoco_sections, "classic": _classic_sections, "ablation": _ablation_sections}
+    kinds = {
+        "mujoco": _mujoco_sections,
+        "time": _time_sections,
+        "classic": _classic_sections,
+        "ablation": _ablation_sections,
+    }
     return [(title, text) for title, text in kinds[results.kind](results) if text.strip()]
 
 
@@ -323,6 +330,13 @@ def _mujoco_sections(results: Results) -> list[tuple[str, str]]:
         ("Time", times(results, [*everything, OWN], MUJOCO_TASKS)),
         ("Time to 80 % of SB3's score", times_to_goal(results, TIMED_PAIRS, REFERENCE_TASKS)),
         ("Returns of the training's own episodes", plain(results, everything, MUJOCO_TASKS, training=True)),
+    ]
+
+
+def _time_sections(results: Results) -> list[tuple[str, str]]:
+    return [
+        ("Minutes", times(results, TIMED, TIMED_TASKS)),
+        ("Time to 80 % of the score", times_to_goal(results, [(OURS[0].name, OWN.name)], TIMED_TASKS)),
     ]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization
@@ -24,6 +25,7 @@ from sb3_pgplus.evaluation import EVALUATION_SEED, play_episodes
 from sb3_pgplus.run_folder import package_versions
 from sb3_pgplus.training import build_model
 from sb3_pgplus.vec_env import backend_of
+from sb3_pgplus.vec_env.common import usable_cpus
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,10 @@ def result(run: Run, protocol: Protocol, made_with: dict[str, Any], connection: 
     began = datetime.now(UTC).isoformat(timespec="seconds")
     settings = run.settings
     is_stock = settings.algo in stock.STOCK
-    # One thread each: several trainings run side by side. SB3's own environments have none to choose.
-    n_threads = None if settings.backend == "dummy" else 1
+    # One thread each where several trainings run side by side. SB3's own environments have none to choose.
+    n_threads = None if settings.backend == "dummy" or run.is_timed else 1
+    if run.is_timed:
+        th.set_num_threads(usable_cpus())
     env = make_environments(
         settings.environment, n_envs=settings.n_envs, seed=run.seed, backend=settings.backend, n_threads=n_threads
     )
@@ -119,6 +123,7 @@ def result(run: Run, protocol: Protocol, made_with: dict[str, Any], connection: 
         "building_seconds": round(building, 3),
         "engine": None if is_stock else model.engine_report(),
         "backend": backend,
+        "threads": th.get_num_threads(),
         "versions": _versions(settings.algo),
         "began": began,
         **made_with,
