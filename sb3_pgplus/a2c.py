@@ -14,7 +14,7 @@ from sb3_pgplus.core import losses
 from sb3_pgplus.hparams import A2CHparams, PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.on_policy import PolicyGradientPlus
-from sb3_pgplus.updates import check_normalizable
+from sb3_pgplus.updates import check_normalizable, trained_parameters
 
 #: Values of ``use_rms_prop`` other than False.
 _RMS_PROP: dict[bool | str, type[th.optim.Optimizer]] = {True: th.optim.RMSprop, "tf_like": RMSpropTFLike}
@@ -68,7 +68,7 @@ class A2CPlus(PolicyGradientPlus[A2CHparams]):
 
     def update(self, hp: A2CHparams, metrics: Metrics) -> None:
         """One gradient step on all samples of the rollout."""
-        parameters, n_samples = list(self.policy.parameters()), hp.n_steps * self.n_envs
+        parameters, n_samples = trained_parameters(self.policy), hp.n_steps * self.n_envs
         gradient_of = self._gradient_of("update", self.loss, hp, parameters, n_samples)
         for batch in self.rollout_buffer.get(batch_size=None):
             gradient = gradient_of(batch)

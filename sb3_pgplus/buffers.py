@@ -7,7 +7,7 @@ which SB3 shuffles, so that the same permutation picks the same samples.
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch as th
@@ -453,3 +453,13 @@ def _split(samples: RolloutSamples, size: int) -> Iterator[RolloutSamples]:
     for i, piece in enumerate(observations):
         extras = tuple(extra[i] for extra in old_distribution)
         yield RolloutSamples._make((piece, *(field[i] for field in fields), extras))
+
+
+def has_stock_sampling(buffer: RolloutBuffer) -> TypeGuard[TorchRolloutBuffer]:
+    """
+    Whether a buffer hands out its minibatches as :class:`TorchRolloutBuffer` does, whatever it is called.
+
+    :param buffer: any
+    """
+    own, kind, stock = vars(buffer), type(buffer), vars(TorchRolloutBuffer)
+    return all(name not in own and getattr(kind, name, None) is stock[name] for name in ("get", "_gather"))

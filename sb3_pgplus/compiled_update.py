@@ -14,7 +14,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 from torch import nn
 
-from sb3_pgplus.buffers import RolloutSamples, TorchDictRolloutBuffer, TorchRolloutBuffer
+from sb3_pgplus.buffers import RolloutSamples, TorchDictRolloutBuffer, TorchRolloutBuffer, has_stock_sampling
 from sb3_pgplus.compiler import Compiled, compile_function
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.optimizers import StepRule, common_base, drop_gradients, views_like
@@ -140,7 +140,7 @@ class CompiledUpdate:
         problem, trained_ids = self._problem, {id(parameter) for parameter in self._trained}
         is_stock = foreign_method(problem.owner, _STEP_METHODS, PACKAGE) is None
         buffer = problem.owner.rollout_buffer
-        if not is_stock or type(buffer) not in _BUFFERS or "get" in vars(buffer):
+        if not is_stock or type(buffer) not in _BUFFERS or not has_stock_sampling(buffer):
             self._shapes = shapes(flat)
         left_out = _OUTSIDE_LOSSES.union(self._scheduled)
         constants = tuple([value for name, value in problem.hp.__dict__.items() if name not in left_out])

@@ -13,7 +13,7 @@ from torch import nn
 from sb3_pgplus.buffers import split_observations
 from sb3_pgplus.core.mlp import Layer, mlp_backward, mlp_forward
 from sb3_pgplus.policies import NormalizesObservations, observation_normalizer
-from sb3_pgplus.tracing import has_global_hooks
+from sb3_pgplus.tracing import has_global_hooks, is_patched
 
 # Modules whose output depends on input and parameters alone: no dropout, no batch statistics, no noise.
 _DETERMINISTIC = {FlattenExtractor, NatureCNN, CombinedExtractor}
@@ -49,8 +49,10 @@ class StockCritic:
         if layers is None or _is_watched(policy):
             return None
         moving = {id(parameter) for parameter in own}
-        head = {id(tensor) for layer in layers for tensor in (layer.weight, layer.bias)}
-        return cls(policy, layers) if moving == head and moving.isdisjoint(map(id, extractor.parameters())) else None
+        head = [id(tensor) for layer in layers for tensor in (layer.weight, layer.bias)]
+        if len({*head}) < len(head):  # a layer that is there twice has the sum of two gradients
+            return None
+        return cls(policy, layers) if moving == {*head} and moving.isdisjoint(map(id, extractor.parameters())) else None
 
     @property
     def has_learned_features(self) -> bool:
@@ -128,4 +130,4 @@ def _is_watched(policy: ActorCriticPolicy) -> bool:
     )
     replaced = any("forward" in m.__dict__ or "forward_critic" in m.__dict__ for m in modules)
     watched = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in policy.parameters())
-    return hooked or replaced or watched or has_global_hooks()
+    return hooked or replaced or watched or has_global_hooks() or is_patched()

@@ -29,6 +29,7 @@ from sb3_pgplus.compiler import Compiled, UntraceableError, compile_function, co
 from sb3_pgplus.core.natural_gradient import MatVec, fisher_vector_product
 from sb3_pgplus.errors import warn_user
 from sb3_pgplus.guards import broken_policy, without_distribution_checks
+from sb3_pgplus.optimizers import has_own_zero_grad
 from sb3_pgplus.policies import fisher_outputs, submodules
 from sb3_pgplus.sampling import Draw, noise_of, sample
 from sb3_pgplus.tracing import Known, Snapshot, Tensors, check_policy, fingerprint, foreign_method
@@ -154,6 +155,8 @@ class Engine:
             return eager
         known = self._inspect(problem.modules)
         reason = known.refusal or foreign_method(problem.owner, problem.methods, PACKAGE)
+        if has_own_zero_grad(problem.owner.policy.optimizer):  # it may add up gradients, and looking costs one
+            reason = "the optimiser has a zero_grad of its own"
         if reason is not None:
             self._reasons[unit] = reason
             return eager

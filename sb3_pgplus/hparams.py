@@ -338,7 +338,8 @@ class PPOHparams(MinibatchHparams, ActorCriticHparams):
     recompute_advantages: bool | str = _choice(
         "auto",
         ("auto", True, False),
-        "Recompute values and advantages before every epoch but the first. 'auto': unless the rollout buffer is SB3's.",
+        "Recompute values and advantages before every epoch but the first. 'auto': unless the rollout buffer is SB3's "
+        "or a callback changed it.",
     )
     n_critic_epochs: int | None = _integer(
         None,

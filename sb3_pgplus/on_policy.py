@@ -417,8 +417,10 @@ class PolicyGradientPlus(
         with limited:
             self._finish_rollout(rollout_buffer, self.hyperparameters_at(self._current_progress_remaining))
         self._log_rollout(n_steps * env.num_envs, time.perf_counter() - started)
+        found = self._advantages_in(rollout_buffer) if watched else []
         callback.update_locals(locals())
         callback.on_rollout_end()
+        self._advantages_replaced = not all(map(th.equal, found, self._advantages_in(rollout_buffer)))
         self._value_function = self.policy.predict_values  # of whatever the policy is by now
         return True
 

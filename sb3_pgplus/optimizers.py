@@ -62,9 +62,33 @@ def check_fits(state_dict: Any, optimizer: th.optim.Optimizer) -> None:
                 )
 
 
+def has_own_zero_grad(optimizer: th.optim.Optimizer) -> bool:
+    """
+    Whether ``zero_grad`` does something else than torch's, such as keeping gradients until a later step.
+
+    :param optimizer: any
+    """
+    return type(optimizer).zero_grad is not th.optim.Optimizer.zero_grad or "zero_grad" in optimizer.__dict__
+
+
+def zero_grad(optimizer: th.optim.Optimizer, besides: Sequence[th.Tensor] = ()) -> None:
+    """
+    ``optimizer.zero_grad()``; a lean one where it is torch's, for further parameters too.
+
+    :param optimizer: any
+    :param besides: what the optimiser may not have
+    """
+    if has_own_zero_grad(optimizer):
+        optimizer.zero_grad()
+        return
+    drop_gradients(optimizer)
+    for parameter in besides:
+        parameter.grad = None
+
+
 def drop_gradients(optimizer: th.optim.Optimizer, besides: Sequence[th.Tensor] = ()) -> None:
     """
-    Set gradients to None, which makes optimisers leave parameters alone; a lean ``zero_grad``.
+    Set gradients to None, which makes optimisers leave parameters alone.
 
     :param optimizer: any
     :param besides: parameters that keep theirs
@@ -83,12 +107,32 @@ def step(optimizer: th.optim.Optimizer) -> None:
 
     :param optimizer: any, gradients in place
     """
+    _unfuse_where_layouts_differ(optimizer)
     work = _lean_work(optimizer)
     if work is None:
         optimizer.step()
         return
     for group, parameters, states in work:
         _KERNELS[type(optimizer)](group, parameters, states)
+
+
+def _unfuse_where_layouts_differ(optimizer: th.optim.Optimizer) -> None:
+    """
+    Torch's fused kernels on a CPU go through memory, so with a transposed parameter they would take other elements'
+    gradients and moments. Its loop goes by index.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused") and not all([_lie_alike(p, optimizer.state.get(p, {})) for p in group["params"]]):
+            group["fused"] = None
+
+
+def _lie_alike(parameter: th.Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether a parameter, its gradient and its moments have their elements in the same order, without gaps."""
+    tensors = [parameter, parameter.grad, state.get("exp_avg"), state.get("exp_avg_sq")]
+    if parameter.grad is None or all([x is None or x.is_contiguous() for x in tensors]):
+        return True
+    is_dense = th.ops.aten.is_non_overlapping_and_dense(parameter)
+    return is_dense and all([x is None or x.stride() == parameter.stride() for x in tensors])
 
 
 def _lean_work(

@@ -66,6 +66,7 @@ class Persistence(_Base):
             "_rollout_end",
             "_engine",
             "_observations_merged",
+            "_advantages_replaced",
             "_lr_schedule_source",
             "_warned_short_learns",
             "_resolved",

@@ -386,12 +386,18 @@ def set_training_mode(policy: BasePolicy, mode: bool) -> None:
     :param mode: True for updates, False for rollouts
     """
     modules = submodules(policy)
-    stock = type(policy).set_training_mode is BasePolicy.set_training_mode
-    if not stock or any(type(module).train is not nn.Module.train or _is_scripted(module) for module in modules):
+    if _owns(policy, "set_training_mode", BasePolicy) or any(
+        [_owns(module, "train", nn.Module) or _is_scripted(module) for module in modules]
+    ):
         policy.set_training_mode(mode)
         return
     for module in modules:  # past nn.Module.__setattr__, which looks for parameters in everything
         module.__dict__["training"] = mode
+
+
+def _owns(module: nn.Module, method: str, base: type[nn.Module]) -> bool:
+    """Whether a method is not the base class's, but the module's own or that of its class."""
+    return method in module.__dict__ or getattr(type(module), method) is not getattr(base, method)
 
 
 def _is_scripted(module: nn.Module) -> bool:

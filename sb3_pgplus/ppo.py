@@ -18,7 +18,7 @@ from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.on_policy import PolicyGradientPlus
 from sb3_pgplus.policies import critic_only_parameters, distribution_parameters, kl_old_new, set_training_mode
 from sb3_pgplus.schedules import as_schedule
-from sb3_pgplus.updates import check_minibatches
+from sb3_pgplus.updates import check_minibatches, trained_parameters
 
 
 class PPOPlus(PolicyGradientPlus[PPOHparams]):
@@ -80,8 +80,7 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         settings, hp = hp, self._with_adapted_kl_coef(hp)
         with_critic, without_critic = (self._loss_gradient(hp, choice) for choice in (True, False))
         for epoch in range(hp.n_epochs):
-            # "auto" is on wherever it can be; True was refused at set-up where it cannot.
-            if hp.recompute_advantages and epoch > 0 and isinstance(self.rollout_buffer, TorchRolloutBuffer):
+            if epoch > 0 and isinstance(self.rollout_buffer, TorchRolloutBuffer) and self._recomputes(hp):
                 self._recompute_advantages(self.rollout_buffer, hp)
             metrics.restart("train/approx_kl")
             with self._threads_for(hp.batch_size):
@@ -99,6 +98,10 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             self._adapt_kl_coef(hp.adaptive_kl_target)
         self._log_settings(settings, epoch + 1)
 
+    def _recomputes(self, hp: PPOHparams) -> bool:
+        """``"auto"`` is on wherever it can be, and leaves alone what a callback put in the buffer."""
+        return hp.recompute_advantages is True or (hp.recompute_advantages == "auto" and not self._advantages_replaced)
+
     def _fit_critic_further(self, hp: PPOHparams, metrics: Metrics, n_done: int) -> None:
         """The critic's epochs beyond those it shared with the policy."""
 
@@ -114,7 +117,7 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             self._fit_critic(own, hp.n_critic_epochs - n_done, hp, weighted, metrics)
 
     def _loss_gradient(self, hp: PPOHparams, with_critic: bool) -> Callable[[RolloutSamples], Gradient]:
-        loss, parameters = partial(self.loss, with_critic=with_critic), list(self.policy.parameters())
+        loss, parameters = partial(self.loss, with_critic=with_critic), trained_parameters(self.policy)
         limits = {} if hp.target_kl is None else {"train/approx_kl": 1.5 * hp.target_kl}
         return self._gradient_of("update", loss, hp, parameters, hp.batch_size, variant=with_critic, limits=limits)
 
@@ -197,9 +200,11 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
     def _adapt_kl_coef(self, target: float) -> None:
         """β is halved below target/1.5 and doubled above 1.5·target (PPO paper, section 4)."""
         buffer = cast(TorchRolloutBuffer, self.rollout_buffer)
+        set_training_mode(self.policy, False)
         with th.no_grad():
             distribution = self.policy.get_distribution(buffer.flat("observations"))
             kl = float(kl_old_new(buffer.extras, distribution).mean())
+        set_training_mode(self.policy, True)
         if kl < target / 1.5:
             self._kl_coef_scale /= 2
         elif kl > target * 1.5:

@@ -73,6 +73,8 @@ class RolloutProcessing(_Base):
     _carried_returns: list[float]
     _rollout_end: RolloutEnd
     _observations_merged: bool
+    #: Whether a callback put others in the buffer at the end of the rollout.
+    _advantages_replaced = False
     _device_infos: list[TensorInfos]
     #: Observations as many as environments ↦ V, by the quickest way there is.
     _value_function: Callable[[Any], th.Tensor]
@@ -244,6 +246,10 @@ class RolloutProcessing(_Base):
         rewards = self._scaled_rewards(buffer.tensor("rewards"), hp)
         rest = (buffer.tensor(name) for name in ("values", "next_values", "dones"))
         buffer.set_advantages(ESTIMATORS[hp.advantage_estimator](hp, rewards, *rest))
+
+    def _advantages_in(self, buffer: RolloutBuffer) -> list[th.Tensor]:
+        """Copies of the advantages and of the critic's targets."""
+        return [th.as_tensor(stored_field(buffer, name)).clone() for name in ("advantages", "returns")]
 
     def _reevaluate(self, buffer: TorchRolloutBuffer) -> None:
         """Replace V_old and log π_old by those under today's observation statistics."""

@@ -5,10 +5,13 @@ A trace has no guards: a Python number that changes later stays what it was, and
 known to depend on nothing but its tensors is traced, and :func:`fingerprint` says when that something changed.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from types import FunctionType
 from typing import Any
 
@@ -50,18 +53,14 @@ _DISTRIBUTIONS = {
     MultiCategoricalDistribution,
     BernoulliDistribution,
 }
-#: Methods that a trace of a policy runs through, as they are when this module is imported.
-_METHODS = {
-    (kind, name): getattr(kind, name)
-    for kinds, names in (
-        (_POLICIES, ("evaluate_actions", "get_distribution", "predict_values", "extract_features", "forward")),
-        (_LAYERS, ("forward",)),
-        (_DISTRIBUTIONS, ("proba_distribution", "log_prob", "entropy", "sample", "mode")),
-    )
-    for kind in kinds
-    for name in names
-}
-_OWNERS, _NAMES = zip(*_METHODS, strict=True)
+#: Packages whose code a trace may run through: what it reads besides tensors is known.
+_KNOWN_PACKAGES = ("torch", "stable_baselines3", __name__.partition(".")[0])
+#: Modules whose functions a trace runs through.
+_MODULES = (
+    *(f"stable_baselines3.common.{name}" for name in ("policies", "distributions", "preprocessing", "torch_layers")),
+    *(f"{__package__}.{name}" for name in ("a2c", "ppo", "policies", "sampling", "updates")),
+    *(f"{__package__}.core.{name}" for name in ("advantages", "distributions", "losses")),
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, str, type(None), np.generic)
 
@@ -84,7 +83,7 @@ def check_policy(policy: nn.Module) -> None:
         raise UntraceableError("state-dependent exploration draws noise inside the policy")
     if type(policy.action_dist) not in _DISTRIBUTIONS:
         raise UntraceableError(f"{type(policy.action_dist).__name__} is not one of the known action distributions")
-    if _is_patched():
+    if is_patched():
         raise UntraceableError("a method of a class that it is made of was replaced")
     extractors = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
     if policy.share_features_extractor and len({*map(id, extractors)}) > 1:
@@ -102,9 +101,41 @@ def has_global_hooks() -> bool:
     return any((*hooks, module_hooks._global_backward_hooks, module_hooks._global_backward_pre_hooks))
 
 
-def _is_patched() -> bool:
-    """Whether somebody replaced a method of a class that a trace runs through."""
-    return not all(map(is_, map(getattr, _OWNERS, _NAMES), _METHODS.values()))
+def is_patched() -> bool:
+    """Whether somebody replaced a function, or a method of a class, that a trace runs through."""
+    originals = _originals()
+    try:
+        return originals is None or not all([found(owner) == functions for owner, found, functions in originals])
+    except AttributeError:  # taken away
+        return True
+
+
+@cache
+def _originals() -> list[tuple[Any, Callable[[Any], Any], Any]] | None:
+    """Of each owner its functions, and how to look them up; None if one was replaced before this was first asked."""
+    policies: list[type] = [normalized_policy_class(kind) for kind in _POLICIES]  # type: ignore[arg-type]  # hashable
+    # Base classes on their own, too: a method may call the one it overrides.
+    found: list[type] = [*policies, *_DISTRIBUTIONS, *_LAYERS]
+    kinds = {base for kind in found for base in (kind, *_known_bases(kind))}
+    names: dict[Any, Iterable[str]] = {kind: _traced_names(kind) for kind in kinds} | {nn.Module: ["__call__"]}
+    for module in map(import_module, _MODULES):
+        functions = {name: value for name, value in vars(module).items() if isinstance(value, FunctionType)}
+        names[module] = [name for name, value in functions.items() if not _is_of(value, *sys.stdlib_module_names)]
+    if not all(_is_of(getattr(owner, name), *_KNOWN_PACKAGES) for owner in names for name in names[owner]):
+        return None
+    getters = {owner: attrgetter(*of) for owner, of in names.items() if of}
+    return [(owner, getter, getter(owner)) for owner, getter in getters.items()]
+
+
+def _known_bases(kind: type) -> list[type]:
+    """Those that are SB3's or ours."""
+    return [base for base in kind.__mro__ if base.__module__.startswith(_KNOWN_PACKAGES[1:])]
+
+
+def _traced_names(kind: type) -> set[str]:
+    """Of a class of torch's how it computes; of others all methods, inherited ones too, since they call each other."""
+    entries = [entry for base in _known_bases(kind) for entry in vars(base).items()]
+    return {name for name, value in entries if isinstance(value, (FunctionType, staticmethod))} or {"forward"}
 
 
 def _check_methods(name: str, owner: object) -> None:
@@ -158,10 +189,10 @@ def foreign_methods(owner: object, base: type, package: str) -> bool:
     return foreign_method(owner, names, package) is not None
 
 
-def _is_of(function: object, package: str) -> bool:
+def _is_of(function: object, *packages: str) -> bool:
     """By where its code is: a wrapper calls itself what it wraps."""
     home = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else ""
-    return str(home).partition(".")[0] == package
+    return str(home).partition(".")[0] in packages
 
 
 def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
@@ -172,7 +203,7 @@ def fingerprint(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], tuple[in
     :return: everything plain that the trace bakes in (types, modes, numbers, what is frozen, shapes, devices), and the
         identities of the tensors
     """
-    plain: list[Any] = [has_global_hooks(), _is_patched(), th.get_default_dtype()]
+    plain: list[Any] = [has_global_hooks(), is_patched(), th.get_default_dtype()]
     identities: list[int] = []
     first: dict[int, int] = {}  # which tensors and which modules are the same
     for module in submodules(*modules):
@@ -251,7 +282,7 @@ class Snapshot:
     def _changing(self) -> tuple[Any, ...]:
         """What can change in place."""
         layouts, types = [*map(_layout, self._tensors)], [*map(type, self._modules)]
-        return layouts, types, any(self._hooks), has_global_hooks(), _is_patched(), th.get_default_dtype()
+        return layouts, types, any(self._hooks), has_global_hooks(), is_patched(), th.get_default_dtype()
 
 
 class _Parts(nn.Module):

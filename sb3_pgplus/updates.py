@@ -6,9 +6,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch as th
+from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
-from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer, stored_field
+from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer, has_stock_sampling, stored_field
 from sb3_pgplus.compiled_update import Gradient, GradientProblem, LossFunction
 from sb3_pgplus.core.advantages import normalize
 from sb3_pgplus.core.losses import clipped_value_loss, explained_variance, value_clip_fraction, value_loss
@@ -18,7 +19,7 @@ from sb3_pgplus.errors import HyperparameterError, NonFiniteUpdateError, warn_us
 from sb3_pgplus.guards import likely_cause
 from sb3_pgplus.hparams import MinibatchHparams, PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
-from sb3_pgplus.optimizers import drop_gradients, step
+from sb3_pgplus.optimizers import drop_gradients, has_own_zero_grad, step, zero_grad
 from sb3_pgplus.policies import RunningMoments
 
 if TYPE_CHECKING:  # a mix-in of one class: let the type checker see what it is mixed into
@@ -101,7 +102,11 @@ class GradientUpdates(_Base):
 
     def _eager_gradient(self, loss: LossFunction, hp: Any, parameters: list[nn.Parameter], batch: Any) -> Gradient:
         value, diagnostics = loss(batch, hp)
-        drop_gradients(self.policy.optimizer)
+        if not value.requires_grad:
+            raise ValueError(
+                "the loss depends on no parameter that requires a gradient, so there is no step to take: unfreeze one"
+            )
+        zero_grad(self.policy.optimizer, besides=() if hp.sb3_exact else parameters)
         value.backward(inputs=[parameter for parameter in parameters if parameter.requires_grad])
         return Gradient(value.detach(), clip_gradients(parameters, hp.max_grad_norm), diagnostics)
 
@@ -169,7 +174,8 @@ class GradientUpdates(_Base):
         buffer, critic = self.rollout_buffer, StockCritic.of(self.policy, own)
         # A graph computes features anew for every minibatch, which for images costs more than it saves.
         prefers_graph = self._engine.wants("critic update") and not (critic and critic.has_learned_features)
-        if critic is not None and isinstance(buffer, TorchRolloutBuffer) and not prefers_graph:
+        by_hand = critic is not None and not has_own_zero_grad(self.policy.optimizer) and not prefers_graph
+        if critic is not None and by_hand and has_stock_sampling(buffer):
             self._fit_stock_critic(critic, buffer, own, n_epochs, hp, critic_loss, metrics)
             return
 
@@ -220,6 +226,17 @@ class GradientUpdates(_Base):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/nonfinite_updates", self._nonfinite_updates)
+
+
+def trained_parameters(policy: BasePolicy) -> list[nn.Parameter]:
+    """
+    What the joint loss moves: the policy, and what else its optimiser was given (a network of a term of one's own).
+
+    :param policy: any, with its optimiser
+    """
+    found = {id(parameter): parameter for parameter in policy.parameters()}
+    found |= {id(p): p for group in policy.optimizer.param_groups for p in group["params"]}
+    return list(found.values())
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_grad_norm: float | None) -> th.Tensor:

@@ -16,12 +16,12 @@ from stable_baselines3.common.policies import (
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from sb3_pgplus import PPOPlus, TRPOPlus
+from sb3_pgplus import PPOPlus, TorchRolloutBuffer, TRPOPlus
 from sb3_pgplus.critics import StockCritic
 from sb3_pgplus.policies import critic_only_parameters, normalized_policy_class, observation_normalizer
 
@@ -376,3 +376,33 @@ def test_normalised_targets_refuse_a_parametrised_last_layer_that_they_could_not
     model.policy.optimizer = th.optim.Adam(model.policy.parameters())
     with pytest.raises(ValueError, match="without parametrisations"):
         model.learn(64)
+
+
+def test_a_layer_that_is_there_twice_takes_the_long_way_which_adds_its_gradients() -> None:
+    policy = build(net_arch={"pi": [16], "vf": [16, 16, 16]})
+    assert critic_of(policy) is not None
+    policy.mlp_extractor.value_net[4] = policy.mlp_extractor.value_net[2]
+    assert critic_of(policy) is None
+
+
+def test_a_method_replaced_on_a_class_takes_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, original = build(), MlpExtractor.forward_critic
+    assert critic_of(policy) is not None
+    monkeypatch.setattr(MlpExtractor, "forward_critic", lambda self, x: 2 * original(self, x))
+    assert critic_of(policy) is None
+
+
+def test_a_buffer_with_a_way_of_its_own_to_sample_is_asked_its_way() -> None:
+    class Doubling(TorchRolloutBuffer):
+        """Hands every minibatch out twice."""
+
+        def get(self, batch_size: int | None = None) -> Any:  # type: ignore[override]
+            for batch in super().get(batch_size):
+                yield from (batch, batch)
+
+    kwargs: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_critic_updates": 1, "seed": 0, "device": "cpu"}
+    steps = []
+    for kind in (TorchRolloutBuffer, Doubling):
+        model = TRPOPlus("MlpPolicy", "Pendulum-v1", rollout_buffer_class=kind, **kwargs).learn(64)
+        steps.append(float(model.policy.optimizer.state[model.policy.value_net.weight]["step"]))
+    assert steps == [2, 4]

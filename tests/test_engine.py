@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,19 +16,20 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import PPO as PPO_OF_SB3
 from stable_baselines3.common.callbacks import BaseCallback, EveryNTimesteps, StopTrainingOnMaxEpisodes
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
 from torch import nn
 
-from sb3_pgplus import A2CPlus, PPOPlus, TorchRolloutBuffer, TRPOPlus, updates
+from sb3_pgplus import A2CPlus, PPOPlus, TorchRolloutBuffer, TRPOPlus, presets, updates
 from sb3_pgplus.compiled_update import clip_by_norm
 from sb3_pgplus.compiler import Compiled, UntraceableError, compile_function, compile_in_two
 from sb3_pgplus.core import losses
 from sb3_pgplus.engine import COSTS, Engine
-from sb3_pgplus.policies import normalized_policy_class, set_training_mode
+from sb3_pgplus.policies import NormalizesObservations, normalized_policy_class, set_training_mode
 from sb3_pgplus.sampling import noise_of
-from sb3_pgplus.tracing import Snapshot, Tensors, check_policy, fingerprint
+from sb3_pgplus.tracing import Snapshot, Tensors, check_policy, fingerprint, is_patched
 
 SMALL = {"n_steps": 32, "n_envs": 2, "seed": 3, "device": "cpu"}
 PPO = {**SMALL, "batch_size": 32, "n_epochs": 2}
@@ -1145,3 +1148,133 @@ def test_dropout_in_a_scripted_module_is_off_in_rollouts_and_on_in_updates() -> 
         set_training_mode(policy, mode)
         first, second = (policy.features_extractor.net(observations) for _ in range(2))
         assert th.equal(first, second) != mode
+
+
+# --- what belongs to others -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (ActorCriticPolicy, "_get_action_dist_from_latent"),
+        (MlpExtractor, "forward_actor"),
+        (NormalizesObservations, "extract_features"),
+        (BaseModel, "extract_features"),
+        (losses, "entropy_loss"),
+        (updates, "value_loss"),
+        (th.nn.Linear, "forward"),
+        (th.nn.Module, "__call__"),
+    ],
+)
+def test_whatever_a_trace_runs_through_is_missed_when_it_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    assert not is_patched()
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: original(*args, **kwargs))
+    assert is_patched()
+
+
+def test_a_method_replaced_before_the_package_was_imported_is_found_out() -> None:
+    code = """
+from stable_baselines3.common.policies import ActorCriticPolicy
+original = ActorCriticPolicy.evaluate_actions
+ActorCriticPolicy.evaluate_actions = lambda *args: original(*args)
+from sb3_pgplus.tracing import is_patched
+print(is_patched())
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["True"]
+
+
+class _FrozenNorm(BaseFeaturesExtractor):
+    """Batch norm that is frozen the usual way: by a ``train`` that does nothing."""
+
+    def __init__(self, space: Any) -> None:
+        super().__init__(space, 8)
+        self.linear, self.norm = nn.Linear(3, 8), nn.BatchNorm1d(8)
+        self.norm.train = lambda mode=True: self.norm  # type: ignore[method-assign]  # that is the point
+        self.norm.training = False
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.norm(self.linear(observations))  # type: ignore[no-any-return]  # modules return Any
+
+
+def test_a_layer_that_refuses_to_train_stays_as_it_is() -> None:
+    kwargs = {**PPO, "policy_kwargs": {"features_extractor_class": _FrozenNorm}}
+    model = trained(PPOPlus, "Pendulum-v1", ITERATION, **kwargs)
+    assert not model.policy.features_extractor.norm.running_mean.any()
+
+
+def test_a_policy_with_its_own_set_training_mode_is_asked() -> None:
+    model, modes = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO), list[bool]()
+    model.policy.set_training_mode = modes.append
+    set_training_mode(model.policy, True)
+    set_training_mode(model.policy, False)
+    assert modes == [True, False]
+
+
+class _EveryFourth(th.optim.Adam):
+    """Steps on the sum of four minibatches' gradients."""
+
+    n_calls = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.n_calls += 1
+        if self.n_calls % 4 == 0:
+            super().step(closure)
+            super().zero_grad()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        pass
+
+
+def test_an_optimizer_that_adds_up_gradients_gets_all_of_them_as_in_sb3() -> None:
+    kwargs = {**PPO, "n_envs": 1, "n_epochs": 4, "policy_kwargs": {"optimizer_class": _EveryFourth}}
+    ours = PPOPlus("MlpPolicy", "Pendulum-v1", **{**presets.SB3_PPO, **kwargs}).learn(ITERATION)
+    kwargs.pop("n_envs")
+    th.testing.assert_close(
+        parameters_of(ours), parameters_of(PPO_OF_SB3("MlpPolicy", "Pendulum-v1", **kwargs).learn(64))
+    )
+    compiled = trained(PPOPlus, "Pendulum-v1", ITERATION, compile=True, **{**kwargs, "n_envs": 1})
+    assert "zero_grad of its own" in compiled.engine_report()
+
+
+def test_the_gradient_of_a_parameter_that_no_optimizer_has_does_not_pile_up() -> None:
+    norms = []
+    for compiled in (False, True):
+        model = PPOPlus("MlpPolicy", "Pendulum-v1", compile=compiled, **PPO)
+        rest = [p for name, p in model.policy.named_parameters() if name != "log_std"]
+        model.policy.optimizer = th.optim.Adam(rest, lr=1e-3, eps=1e-5)
+        before = model.policy.log_std.detach().clone()
+        norms.append(parameters_of(model.learn(2 * ITERATION)))
+        assert th.equal(model.policy.log_std, before)
+    th.testing.assert_close(norms[1], norms[0], rtol=1e-5, atol=1e-5)
+
+
+class _WithModel(PPOPlus):
+    """A network beside the policy that learns to predict returns, by a term of the loss."""
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.predictor = nn.Linear(3, 1)
+        self.policy.optimizer.add_param_group({"params": list(self.predictor.parameters())})
+
+    def loss(self, batch: Any, hp: Any, with_critic: bool = True) -> Any:
+        loss, diagnostics = super().loss(batch, hp, with_critic)
+        return loss + ((self.predictor(batch.observations).flatten() - batch.returns) ** 2).mean(), diagnostics
+
+
+def test_a_network_beside_the_policy_that_the_optimizer_has_is_trained() -> None:
+    model = _WithModel("MlpPolicy", "Pendulum-v1", **PPO)
+    before = model.predictor.weight.detach().clone()
+    model.learn(ITERATION)
+    assert not th.equal(model.predictor.weight, before)
+
+
+def test_with_nothing_left_to_train_the_error_says_so() -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **{**PPO, "n_critic_epochs": 1})
+    for name, parameter in model.policy.named_parameters():
+        parameter.requires_grad_("value" in name)
+    with pytest.raises(ValueError, match="the loss depends on no parameter that requires a gradient"):
+        model.learn(ITERATION)

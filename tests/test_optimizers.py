@@ -10,7 +10,7 @@ import torch as th
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sb3_pgplus.optimizers import StepRule, common_base, drop_gradients, fuse, joined, step
+from sb3_pgplus.optimizers import StepRule, common_base, drop_gradients, fuse, joined, step, zero_grad
 
 SHAPES = [(4, 3), (4,), (1, 4), ()]
 
@@ -135,6 +135,57 @@ def test_fuse_leaves_other_optimizers_and_the_choices_of_users_alone(
     before = copy.deepcopy(optimizer.state_dict())
     fuse(optimizer)
     assert optimizer.state_dict() == before
+
+
+def laid_out(name: str) -> th.nn.Parameter:
+    """One matrix in three layouts."""
+    matrix = th.randn((4, 6), generator=th.Generator().manual_seed(7))
+    wide = th.zeros(4, 12)
+    wide[:, ::2] = matrix
+    layouts = {"plain": matrix.clone(), "transposed": matrix.T.contiguous().T, "with gaps": wide[:, ::2]}
+    return th.nn.Parameter(layouts[name])
+
+
+@pytest.mark.parametrize("layout", ["transposed", "with gaps"])
+@pytest.mark.parametrize("when", ["from the start", "later"])
+def test_adam_steps_alike_however_a_parameter_lies_in_memory(layout: str, when: str) -> None:
+    # A fused kernel goes through memory, where a transposed matrix has its elements in another order than its gradient.
+    found = []
+    for name in ("plain", layout):
+        parameter = laid_out("plain" if when == "later" else name)
+        optimizer = th.optim.Adam([parameter], lr=1e-2)
+        fuse(optimizer)
+        for i in range(4):
+            if i == 2:
+                moved = laid_out(name).data.copy_(parameter.data)
+                parameter.grad, parameter.data = None, moved
+            parameter.grad = th.randn((4, 6), generator=th.Generator().manual_seed(i))
+            step(optimizer)
+        found.append(parameter.detach().clone())
+    th.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_parameter_that_is_laid_out_like_all_that_belongs_to_it_stays_fused() -> None:
+    parameter = laid_out("transposed")
+    optimizer = th.optim.Adam([parameter], lr=1e-2)
+    fuse(optimizer)
+    parameter.grad = th.ones(6, 4).T
+    step(optimizer)
+    step(optimizer)
+    assert optimizer.param_groups[0]["fused"] is True
+
+
+def test_an_optimizers_own_way_to_forget_gradients_is_respected() -> None:
+    class Keeping(th.optim.Adam):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            pass
+
+    for kind, is_kept in ((th.optim.Adam, False), (Keeping, True)):
+        optimizer, other = kind(parameters()), parameters(1)[0]
+        set_gradients(optimizer, 0)
+        other.grad = th.ones_like(other)
+        zero_grad(optimizer, besides=[other])
+        assert [p.grad is not None for p in (*optimizer.param_groups[0]["params"], other)] == [is_kept] * 5
 
 
 def test_fuse_decides_for_each_group() -> None:

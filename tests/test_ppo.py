@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium.wrappers import TimeLimit
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from sb3_pgplus import PPOPlus, presets
@@ -272,3 +274,45 @@ def test_the_lecture_preset_has_every_trick_on() -> None:
     assert hp.adam_eps == 1e-5 and hp.max_grad_norm == 0.5
     at_the_end = PPOHparams.resolve({**PPOHparams.defaults(), **presets.LECTURE}, progress_remaining=0.0)
     assert at_the_end.clip_range == 0 and at_the_end.learning_rate == 0
+
+
+class _HalfDropped(BaseFeaturesExtractor):
+    """Features half of which are dropped while training."""
+
+    def __init__(self, space: Any) -> None:
+        super().__init__(space, 32)
+        self.layers = nn.Sequential(nn.Linear(3, 32), nn.Dropout(0.5))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.layers(observations)  # type: ignore[no-any-return]  # modules return Any
+
+
+def test_the_kl_that_adapts_its_coefficient_is_without_dropouts_chance() -> None:
+    # The policy does not move, so the KL is 0 and the coefficient is halved every time.
+    kwargs = {"kl_coef": 1.0, "adaptive_kl_target": 0.01, "policy_kwargs": {"features_extractor_class": _HalfDropped}}
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=32, n_epochs=1, learning_rate=1e-12, **kwargs)
+    scales = [model.learn(64, reset_num_timesteps=False)._kl_coef_scale for _ in range(3)]
+    assert scales == [0.5, 0.25, 0.125]
+
+
+class _Indifferent(BaseCallback):
+    """Leaves the policy and the critic nothing to learn."""
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer
+        buffer.advantages[:] = 0.0
+        buffer.returns[:] = buffer.values
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_advantages_that_a_callback_put_in_the_buffer_stay_unless_recomputing_was_asked_for() -> None:
+    moved = {}
+    for choice in ("auto", True, False):
+        kwargs = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, "normalize_advantage": False, "seed": 0}
+        model = PPOPlus("MlpPolicy", "Pendulum-v1", recompute_advantages=choice, **kwargs)
+        before = model.policy.action_net.weight.detach().clone()
+        model.learn(64, callback=_Indifferent())
+        moved[choice] = not th.equal(model.policy.action_net.weight, before)
+    assert moved == {"auto": False, True: True, False: False}
