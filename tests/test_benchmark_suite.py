@@ -627,14 +627,15 @@ def test_a_cell_of_another_set_is_named_under_the_tables(tmp_path: Path) -> None
         algo = "sb3-ppo" if variant.startswith("sb3") else variant
         settings = {"algo": algo, "env": env, "gamma": gamma, "n_timesteps": 1000}
         return store.StoredRun(
-            {**run.data, **made_with, "settings": settings, "source": "ours, without desired_kl=0.01"}
+            {**run.data, **made_with, "settings": settings | {"clip_range_vf": None}, "source": "of that day"}
         )
 
     same = Results(
         "mujoco", [stored("Hopper-v5", 0.99), stored("Ant-v5", 0.99), stored("Ant-v5", 0.99, "sb3-ppo-same")]
     )
     assert "Not one set" not in page._notes(same) and "earlier settings" not in page._notes(same)
-    assert "* SB3 PPO, same settings: ours, without desired_kl=0.01." in page._notes(same)
+    # Of the stored settings, whatever was known of SB3 when its run was made.
+    assert "* SB3 PPO, same settings: of that day, without recompute_advantages=auto." in page._notes(same)
     assert "* Code: aaaaaaaaaa with changes." in page._notes(same)
     other = Results("mujoco", [stored("Hopper-v5", 0.9), stored("Ant-v5", 0.99), stored("Ant-v5", 0.9, "sb3-ppo-same")])
     assert "* Not one set of settings for all tasks yet: ppoplus." in page._notes(other)
@@ -654,12 +655,16 @@ def test_settings_per_task_count_the_one_set_where_a_task_has_none_of_its_own() 
     assert "* TRPOPlus, per task: 2 of 9 tasks, 2 of them trained: Hopper-v5, Swimmer-v5." in lines
 
 
-def test_what_sb3_lacks_of_the_set_is_named() -> None:
-    ours = replace(
-        suites.shared_settings("ppoplus"), hyperparameters={"desired_kl": 0.01, "gamma": 0.9}, source="a file"
-    )
-    assert stock.same_settings(ours).source == "a file, without desired_kl=0.01"
-    assert stock.same_settings(replace(ours, hyperparameters={"log_std_init": -1.0})).source == "a file, all of it"
+def test_what_sb3_lacks_of_the_set_is_named_where_it_is_on_by_default_too() -> None:
+    def source(**hyperparameters: Any) -> str:
+        ours = replace(suites.shared_settings("ppoplus"), hyperparameters=hyperparameters, source="a file")
+        return stock.same_settings(ours).source
+
+    on_by_default = "value_clip=max, recompute_advantages=auto"
+    assert source(gamma=0.9, log_std_init=-1.0) == f"a file, without {on_by_default}"
+    assert source(clip_range_vf=None, desired_kl=0.01) == "a file, without desired_kl=0.01, recompute_advantages=auto"
+    assert source(use_sde=True, recompute_advantages=False, value_clip="clipped_only") == "a file, without use_sde=True"
+    assert source(clip_range_vf=None, recompute_advantages=False, sb3_exact=False) == "a file, all of it"
 
 
 def test_no_frame_of_a_figure_is_empty() -> None:

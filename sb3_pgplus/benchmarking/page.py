@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sb3_pgplus.benchmarking import figures, store
 from sb3_pgplus.benchmarking.results import Results
-from sb3_pgplus.benchmarking.stock import SHARED_ARGUMENTS
-from sb3_pgplus.benchmarking.suites import OURS
+from sb3_pgplus.benchmarking.stock import SHARED_ARGUMENTS, left_out
+from sb3_pgplus.benchmarking.suites import OURS, OWN
 from sb3_pgplus.benchmarking.tables import list_item, sections
 from sb3_pgplus.configs import ConfigError
 from sb3_pgplus.files import write_atomically
@@ -103,7 +103,9 @@ def _notes(results: Results) -> str:
     compared = ("n_envs", *SHARED_ARGUMENTS)
     if unlike := results.differs_from_ours("ppoplus", "sb3-ppo-same", compared):
         lines.append(f"SB3's PPO was trained with earlier settings of ours on {', '.join(unlike)}.")
-    sources = {str(run.data["source"]) for run in runs if run.variant == "sb3-ppo-same"}
+    beside = {env for variant, env in results.cells if variant in ("sb3-ppo-same", OWN.name)}
+    same = [run.data for run in runs if run.variant == "ppoplus" and run.env in beside]
+    sources = {f"{data['source']}, {left_out(data['settings'])}" for data in same}
     lines += [f"SB3 PPO, same settings: {source}." for source in sorted(sources)]
     return "\n".join(part for line in lines for part in list_item(line)) + "\n"
 

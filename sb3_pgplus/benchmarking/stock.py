@@ -13,6 +13,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_pgplus import presets
 from sb3_pgplus.configs import (
     ConfigError,
     EnvironmentSpec,
@@ -23,6 +24,7 @@ from sb3_pgplus.configs import (
     resolve_objects,
     whole_number,
 )
+from sb3_pgplus.construction import PLUMBING
 from sb3_pgplus.policies import ACTIVATION_CLASSES
 from sb3_pgplus.schedules import as_schedule
 
@@ -36,6 +38,7 @@ SHARED_ARGUMENTS = (
 """Hyperparameters of PPOPlus that SB3's PPO has under the same name."""
 _TRANSLATED = (
     *SHARED_ARGUMENTS,
+    "n_envs",
     *("policy_kwargs", "log_std_init", "ortho_init", "activation_fn", "adam_eps"),
     *("normalize_observations", "normalize_rewards", "clip_observations", "clip_rewards"),
 )
@@ -43,8 +46,7 @@ _TRANSLATED = (
 
 def same_settings(ours: RunSettings) -> RunSettings:
     """
-    PPOPlus's settings for SB3's PPO: what SB3 lacks is left out and named in ``source``, normalisation becomes a
-    ``VecNormalize``.
+    PPOPlus's settings for SB3's PPO: what SB3 lacks is left out, normalisation becomes a ``VecNormalize``.
 
     :param ours: of PPOPlus
     """
@@ -65,14 +67,28 @@ def same_settings(ours: RunSettings) -> RunSettings:
         "clip_reward": values["clip_rewards"],
     }
     shared = {name: values[name] for name in SHARED_ARGUMENTS}
-    lacking = [f"{name}={value}" for name, value in ours.hyperparameters.items() if name not in _TRANSLATED]
     return replace(
         ours,
         algo="sb3-ppo",
         policy="MlpPolicy",
         hyperparameters={**shared, "policy_kwargs": policy, "normalize": normalize},
-        source=f"{ours.source}, " + (f"without {', '.join(lacking)}" if lacking else "all of it"),
+        source=f"{ours.source}, {left_out(values)}",
     )
+
+
+def left_out(ours: Mapping[str, Any]) -> str:
+    """
+    What of PPOPlus's settings SB3's PPO lacks, in words; what is on by default counts.
+
+    :param ours: hyperparameters; what is not said has its default
+    """
+    defaults = algorithm_class("ppoplus").hparams_class.defaults() | PLUMBING
+    values = defaults | dict(ours)
+    theirs = defaults | presets.SB3_PPO | {"sb3_exact": defaults["sb3_exact"]}  # which changes the rounding
+    if values["clip_range_vf"] is None:
+        theirs["value_clip"] = values["value_clip"]  # of no clip
+    lacking = [f"{n}={values[n]}" for n in defaults if n not in _TRANSLATED and values[n] != theirs[n]]
+    return f"without {', '.join(lacking)}" if lacking else "all of it"
 
 
 def zoo_settings(algo: str, env: str) -> RunSettings:
