@@ -494,6 +494,7 @@ def benchmark(
         )
         if show_list:
             console.print(command.plan_table(runs, folder))
+            command.name_damaged(folder, console)
             return
         jobs = jobs or (1 if any(run.is_timed for run in runs) else usable_cpus())
         outcome = command.run(runs, folder, jobs=jobs, replace=replace, progress=progress, console=console)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,8 @@ def a_run(
             },
             "training": {"episodes": [1] * n, "returns": returns},
             "seconds": 60.0 * n,
+            "evaluation_seconds": 1.0,
+            "building_seconds": 1.0,
             "machine": "a processor",
             "jobs": 2,
             "source": "a file",
@@ -424,6 +426,62 @@ def test_a_damaged_file_counts_as_missing_wherever_the_damage_is(made: Path, tmp
     for position in range(10, len(whole)):  # behind gzip's header, whose date and flags may be anything
         damaged.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
         assert store.read(damaged) is None
+
+
+def stored_run(folder: Path, run: Run, **changes: Any) -> Path:
+    """A whole file of a run, without a training."""
+    made_with = {"format": store.FORMAT, "versions": {}, "code": {}, "protocol": asdict(PROTOCOL)}
+    settings = {"settings": store.described_settings(run)}
+    data = a_run([0.0] * 12, run.variant.name, run.env, run.seed).data
+    store.write(path := store.path_of(folder, run), {**data, **made_with, **settings, **changes})
+    return path
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(24, "Too many open files")])
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    [run] = tiny_plan(algos=["a2cplus"], seeds=[0])
+    path = stored_run(tmp_path, run)
+    content = path.read_bytes()
+
+    def fail(path: Path) -> bytes:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(ConfigError, match=rf"seed0\.json\.gz cannot be read: {error.strerror}"):
+            runner.make([run], tmp_path, protocol=PROTOCOL)
+    assert path.read_bytes() == content
+    assert runner.make([run], tmp_path, protocol=PROTOCOL) == Outcome(0, 1, 0)
+
+
+def test_a_file_of_a_later_format_is_not_made_anew(tmp_path: Path) -> None:
+    [run] = tiny_plan(algos=["a2cplus"], seeds=[0])
+    stored_run(tmp_path, run, format=store.FORMAT + 1)
+    with pytest.raises(ConfigError, match=r"seed0\.json\.gz cannot be read: format 2 is of a later"):
+        runner.make([run], tmp_path, protocol=PROTOCOL)
+
+
+def test_damaged_files_are_named_by_the_table_the_list_and_the_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, torn, incomplete = tiny_plan(algos=["a2cplus"], seeds=[0, 1, 2])
+    for run in (whole, torn):
+        stored_run(tmp_path, run)
+    store.path_of(tmp_path, torn).write_bytes(b"")
+    stored_run(tmp_path, incomplete, training={"returns": []})
+    [folder] = {store.path_of(tmp_path, run).parent for run in (torn, incomplete)}
+    names = [(folder / f"seed{seed}.json.gz").relative_to(tmp_path).as_posix() for seed in (1, 2)]
+    assert [path.as_posix() for path in store.damaged(tmp_path)] == names
+    text = page.write(tmp_path, tmp_path / "results.md", with_figures=False)
+    assert [line for line in text.splitlines() if "amaged" in line] == [f"* Damaged, and left out: {n}" for n in names]
+    assert "1 runs" in text
+    monkeypatch.setattr(runner, "make", lambda *arguments, **options: Outcome(0, 0, 0))
+    for options in (["--list"], []):
+        arguments = ["--suite", "classic", "--algos", "a2cplus", "--envs", "CartPole-v1", "--steps", str(STEPS)]
+        output = invoke(*arguments, *options, "--store", str(tmp_path)).output
+        assert all(f"{tmp_path / name} is damaged and counts as missing" in output for name in names), output
 
 
 def test_a_run_that_another_process_made_meanwhile_is_not_made_twice(

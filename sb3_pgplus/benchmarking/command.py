@@ -42,6 +42,7 @@ def run(
     :param progress: draw a bar, or print a line for each run where there is no terminal
     :param console: where to report to
     """
+    name_damaged(folder, console)
     try:
         outcome = runner.make(runs, folder, jobs=jobs, replace=replace, progress=progress, console=console)
     except KeyboardInterrupt:
@@ -56,6 +57,18 @@ def run(
     for path, why in store.failures(folder):
         console.print(f"{folder / path}: {why}", style="red", highlight=False, markup=False, soft_wrap=True)
     return outcome
+
+
+def name_damaged(folder: Path, console: Console) -> None:
+    """
+    Say which files are not whole: their runs are made anew, over them.
+
+    :param folder: of all results
+    :param console: where to print
+    """
+    for path in store.damaged(folder):
+        text = f"{folder / path} is damaged and counts as missing"
+        console.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
 
 
 def plan_table(runs: Sequence[Run], folder: Path) -> Table:

@@ -51,8 +51,10 @@ def content_of(folder: Path, page_folder: Path, *, with_figures: bool = True) ->
     :param page_folder: where the page is; links to figures are relative to it
     :param with_figures: draw the figures anew
     """
-    parts = [_group(Results(name, store.read_all(folder, name)), page_folder, with_figures) for name in _order(folder)]
+    groups = [Results(name, store.read_all(folder, name)) for name in _order(folder)]
+    parts = [_group(results, page_folder, with_figures) for results in groups if results.cells]
     notes = [f"* Failed: {path.as_posix()}: {why}" for path, why in store.failures(folder)]
+    notes += [f"* Damaged, and left out: {path.as_posix()}" for path in store.damaged(folder)]
     if not parts:
         parts = ["No run is stored yet.\n"]
     return "\n".join([*parts, *([("\n".join(notes) + "\n")] if notes else [])])

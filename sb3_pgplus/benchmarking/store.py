@@ -31,6 +31,17 @@ LAST_EVALUATIONS = 10
 """A run's score is their mean."""
 FloatArray = npt.NDArray[np.float64]
 
+#: What tables, estimates and comparisons are made of; :data:`_PARTS` have further entries.
+_NEEDED = {
+    *("variant", "env", "seed", "settings", "source", "protocol", "evaluations", "training", "seconds"),
+    *("evaluation_seconds", "building_seconds", "versions", "code", "machine", "jobs"),
+}
+_PARTS = {
+    "settings": {"n_timesteps"},
+    "evaluations": {"steps", "seconds", "returns"},
+    "training": {"episodes", "returns"},
+}
+
 
 @dataclass(frozen=True)
 class StoredRun:
@@ -127,12 +138,24 @@ def read(path: Path) -> StoredRun | None:
 
     :param path: where
     :return: ``None`` if there is none, or one that is not whole
+    :raises ConfigError: if it may be whole and cannot be read: a run made anew would replace it
     """
     try:
         data = json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError, zlib.error):  # ValueError: no JSON, or no text
+    except (FileNotFoundError, gzip.BadGzipFile, EOFError, ValueError, zlib.error):  # ValueError: no JSON, or no text
         return None
-    return StoredRun(data) if isinstance(data, dict) and data.get("format") == FORMAT else None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    number = data.get("format") if isinstance(data, dict) else None
+    if isinstance(number, int) and number > FORMAT:
+        raise ConfigError(f"{path} cannot be read: format {number} is of a later sb3_pgplus, which made it")
+    return StoredRun(data) if number == FORMAT and _is_complete(data) else None
+
+
+def _is_complete(data: Mapping[str, Any]) -> bool:
+    return data.keys() >= _NEEDED and all(
+        isinstance(data[part], dict) and data[part].keys() >= names for part, names in _PARTS.items()
+    )
 
 
 def read_all(store: Path, group: str) -> list[StoredRun]:
@@ -144,6 +167,15 @@ def read_all(store: Path, group: str) -> list[StoredRun]:
     """
     found = (read(path) for path in sorted((store / group).glob(f"*/*/*{ENDING}"), key=_natural))
     return [run for run in found if run is not None]
+
+
+def damaged(store: Path) -> list[Path]:
+    """
+    Files that are not whole, below the store. Their runs count as missing.
+
+    :param store: the folder of all results
+    """
+    return [path.relative_to(store) for path in sorted(store.glob(f"*/*/*/*{ENDING}")) if read(path) is None]
 
 
 def failures(store: Path) -> Iterator[tuple[Path, str]]:
