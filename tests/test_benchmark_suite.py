@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 from importlib.util import find_spec
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sb3_pgplus.benchmarking import command, figures, page, runner, stock, store
 from sb3_pgplus.benchmarking.results import Results, published
 from sb3_pgplus.benchmarking.runner import Outcome
 from sb3_pgplus.benchmarking.suites import MUJOCO_TASKS, Run, parse_seeds, plan
-from sb3_pgplus.benchmarking.trainings import Protocol
+from sb3_pgplus.benchmarking.trainings import Ended, Protocol
 from sb3_pgplus.cli import app
 from sb3_pgplus.configs import ConfigError, algorithm_class, resolve_settings
 from sb3_pgplus.vec_env.common import usable_cpus
@@ -533,6 +534,40 @@ def test_a_failing_run_is_noted_with_its_traceback_and_stops_no_other(tmp_path: 
     assert path.as_posix() == f"classic-{STEPS}/a2cplus/CartPole-v1/seed1.failed.txt" and "gamma" in why
     assert runner.make([good, bad], tmp_path, protocol=PROTOCOL) == Outcome(1, 1, 0)
     assert not note.exists()
+
+
+class Finished:
+    """In place of a process: one that says how it ended at once."""
+
+    def __init__(self, ended: Ended) -> None:
+        self.connection, theirs = Pipe(duplex=False)
+        theirs.send(ended)
+        self.started = time.perf_counter()
+
+    def receive(self) -> Any:
+        return self.connection.recv()
+
+    def end(self, *, terminate: bool = False) -> None:
+        self.connection.close()
+
+
+def test_a_run_whose_file_is_there_has_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = runs = tiny_plan(algos=["a2cplus"])
+    note = store.failure_of(tmp_path, first)
+
+    def write_and_die(run: Run, *arguments: Any) -> Any:
+        stored_run(tmp_path, run)
+        return runner._Active(run, Finished(Ended("ProcessDiedError: after its last word")))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "_start", write_and_die)
+    assert runner.make(runs, tmp_path, protocol=PROTOCOL) == Outcome(2, 0, 0)
+    assert not note.exists()
+    # One that came with the store, older or newer than the file.
+    note.write_text("Traceback\nValueError: of another day")
+    assert list(store.failures(tmp_path)) == []
+    store.failure_of(tmp_path, second).write_text("ValueError: of the same")
+    assert runner.make(runs, tmp_path, protocol=PROTOCOL) == Outcome(0, 2, 0)
+    assert not list(tmp_path.rglob("*.failed.txt"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is a POSIX signal here")

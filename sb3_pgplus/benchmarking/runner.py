@@ -118,6 +118,9 @@ def make(
         raise ConfigError(f"--jobs {jobs}: what is measured here is time, and each training needs the machine alone")
     protocol = protocol or Protocol()
     queue = missing(runs, folder, protocol, replace=replace)
+    for run in runs:
+        if run not in queue:
+            _forget_failure(run, folder)
     estimates = Estimates.of(runs, folder)
     made_with = {"code": store.code(), "machine": store.machine(), "jobs": jobs}
     active: dict[Any, _Active] = {}
@@ -138,7 +141,8 @@ def make(
                     ended = _hear(active[ready])
                     if ended is not None:
                         gone = active.pop(ready)
-                        failed += _finish(gone, ended, folder)
+                        ended = _finish(gone, ended, folder, protocol)
+                        failed += bool(ended.error)
                         display.ended(gone, ended)
                 display.refresh(waiting, active.values())
         finally:
@@ -165,16 +169,23 @@ def _hear(active: _Active) -> Ended | None:
     return None
 
 
-def _finish(active: _Active, ended: Ended, folder: Path) -> bool:
-    """Note a failure beside the place of the run's file, or remove the note of an earlier one, if that can be done."""
+def _finish(active: _Active, ended: Ended, folder: Path, protocol: Protocol) -> Ended:
+    """Note a failure beside the place of the run's file, if that can be done; it is none if that file is there."""
     active.child.end()
-    note = store.failure_of(folder, active.run)
+    with suppress(ConfigError):  # it cannot be read: the failure stands
+        if ended.error and not missing([active.run], folder, protocol, replace=True):
+            ended = Ended()
+    if ended.error:
+        with suppress(OSError):
+            write_atomically(store.failure_of(folder, active.run), ended.error.encode())
+    else:
+        _forget_failure(active.run, folder)
+    return ended
+
+
+def _forget_failure(run: Run, folder: Path) -> None:
     with suppress(OSError):
-        if ended.error:
-            write_atomically(note, ended.error.encode())
-        else:
-            note.unlink(missing_ok=True)
-    return bool(ended.error)
+        store.failure_of(folder, run).unlink(missing_ok=True)
 
 
 # --- how long it takes ------------------------------------------------------------------------------------------------

@@ -185,11 +185,9 @@ def failures(store: Path) -> Iterator[tuple[Path, str]]:
     :param store: the folder of all results
     """
     for path in sorted(store.glob(f"*/*/*/*{FAILED}")):
-        made = path.with_name(path.name.removesuffix(FAILED) + ENDING)
-        if made.exists() and made.stat().st_mtime > path.stat().st_mtime:  # by another process
-            continue
-        lines = path.read_text(encoding="utf-8").strip().splitlines()
-        yield path.relative_to(store), lines[-1] if lines else ""
+        if read(path.with_name(path.name.removesuffix(FAILED) + ENDING)) is None:
+            lines = path.read_text(encoding="utf-8").strip().splitlines()
+            yield path.relative_to(store), lines[-1] if lines else ""
 
 
 def groups(store: Path) -> list[str]:
