@@ -499,6 +499,87 @@ def test_a_run_that_another_process_made_meanwhile_is_not_made_twice(
     assert runner.make(runs, tmp_path, jobs=1, protocol=PROTOCOL) == Outcome(1, 1, 0)
 
 
+class Finished:
+    """In place of a process: one that says how it ended at once."""
+
+    def __init__(self, ended: Ended) -> None:
+        self.connection, theirs = Pipe(duplex=False)
+        theirs.send(ended)
+        self.started = time.perf_counter()
+
+    def receive(self) -> Any:
+        return self.connection.recv()
+
+    def end(self, *, terminate: bool = False) -> None:
+        self.connection.close()
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "ab")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(store.fcntl is None, reason="no locks of files here")
+def test_a_run_has_one_process_at_a_time_and_is_free_when_that_dies(tmp_path: Path) -> None:
+    first, second = tiny_plan(algos=["a2cplus"])
+    claim = store.claim(tmp_path, first)
+    assert claim is not None and store.claim(tmp_path, first) is None
+    other = store.claim(tmp_path, second)
+    assert other is not None
+    other.close()
+    claim.close()
+    assert not list(tmp_path.rglob("*.lock"))
+    lock = store.path_of(tmp_path, first).with_name("seed0.lock")
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        assert store.claim(tmp_path, first) is None
+        holder.kill()
+        holder.wait()
+        assert lock.exists()
+        free = store.claim(tmp_path, first)
+    assert free is not None
+    free.close()
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("other_finishes", [True, False])
+@pytest.mark.skipif(store.fcntl is None, reason="no locks of files here")
+def test_a_run_that_another_process_is_making_is_left_for_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_finishes: bool
+) -> None:
+    first, second = runs = tiny_plan(algos=["a2cplus"])
+    claim = store.claim(tmp_path, first)
+    assert claim is not None
+    started = []
+
+    def start(run: Run, *arguments: Any) -> Any:
+        assert store.claim(tmp_path, run) is None
+        started.append(run)
+        stored_run(tmp_path, run)
+        if run == second:
+            if other_finishes:
+                stored_run(tmp_path, first)
+            claim.close()
+        return runner._Active(run, Finished(Ended()))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "_start", start)
+    outcome = runner.make(runs, tmp_path, jobs=2, protocol=PROTOCOL)
+    assert started == ([second] if other_finishes else [second, first])
+    assert outcome == (Outcome(1, 1, 0) if other_finishes else Outcome(2, 0, 0))
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_without_locks_of_files_every_run_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "fcntl", None)
+    [run] = tiny_plan(algos=["a2cplus"], seeds=[0])
+    assert store.claim(tmp_path, run) is not None and store.claim(tmp_path, run) is not None
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failure_that_cannot_be_noted_stops_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = tiny_plan(algos=["a2cplus"])
     broken = replace(bad, settings=replace(bad.settings, hyperparameters={"gamma": 2.0}))
@@ -534,21 +615,6 @@ def test_a_failing_run_is_noted_with_its_traceback_and_stops_no_other(tmp_path: 
     assert path.as_posix() == f"classic-{STEPS}/a2cplus/CartPole-v1/seed1.failed.txt" and "gamma" in why
     assert runner.make([good, bad], tmp_path, protocol=PROTOCOL) == Outcome(1, 1, 0)
     assert not note.exists()
-
-
-class Finished:
-    """In place of a process: one that says how it ended at once."""
-
-    def __init__(self, ended: Ended) -> None:
-        self.connection, theirs = Pipe(duplex=False)
-        theirs.send(ended)
-        self.started = time.perf_counter()
-
-    def receive(self) -> Any:
-        return self.connection.recv()
-
-    def end(self, *, terminate: bool = False) -> None:
-        self.connection.close()
 
 
 def test_a_run_whose_file_is_there_has_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -43,6 +43,7 @@ class Outcome:
 class _Active:
     run: Run
     child: Child
+    claim: ExitStack = field(default_factory=ExitStack)
     steps: int = 0
     mean_return: float | None = None
     task: Any = None
@@ -118,9 +119,7 @@ def make(
         raise ConfigError(f"--jobs {jobs}: what is measured here is time, and each training needs the machine alone")
     protocol = protocol or Protocol()
     queue = missing(runs, folder, protocol, replace=replace)
-    for run in runs:
-        if run not in queue:
-            _forget_failure(run, folder)
+    _forget_failures([run for run in runs if run not in queue], folder)
     estimates = Estimates.of(runs, folder)
     made_with = {"code": store.code(), "machine": store.machine(), "jobs": jobs}
     active: dict[Any, _Active] = {}
@@ -128,15 +127,18 @@ def make(
     with Display(console or Console(quiet=True), runs, queue, jobs, estimates, show=progress) as display:
         try:
             while waiting or active:
-                while waiting and len(active) < jobs:
-                    run = waiting.popleft()
-                    if not missing([run], folder, protocol, replace=True):  # another process made it meanwhile
+                while len(active) < jobs and (taken := _take(waiting, folder)):
+                    run, claim = taken
+                    if _is_there(run, folder, protocol):  # another process made it meanwhile
+                        claim.close()
                         found += 1
                         display.skipped()
                         continue
                     started = _start(run, folder, protocol, made_with)
+                    started.claim = claim
                     active[started.child.connection] = started
                     display.began(started)
+                display.others_make(waiting if len(active) < jobs else ())
                 for ready in wait(list(active), timeout=POLL_SECONDS):
                     ended = _hear(active[ready])
                     if ended is not None:
@@ -148,7 +150,26 @@ def make(
         finally:
             for unfinished in active.values():
                 unfinished.child.end(terminate=True)
+                unfinished.claim.close()
     return Outcome(len(queue) - failed - found, len(runs) - len(queue) + found, failed)
+
+
+def _take(waiting: deque[Run], folder: Path) -> tuple[Run, ExitStack] | None:
+    """The next run that no other process is making, and its claim; by their next turn others may be made, or free."""
+    for _ in range(len(waiting)):
+        run = waiting.popleft()
+        claim = store.claim(folder, run)
+        if claim is not None:
+            return run, claim
+        waiting.append(run)
+    return None
+
+
+def _is_there(run: Run, folder: Path, protocol: Protocol) -> bool:
+    try:
+        return not missing([run], folder, protocol, replace=True)
+    except ConfigError:  # there is one, and the next start says why it cannot be read
+        return True
 
 
 def _start(run: Run, folder: Path, protocol: Protocol, made_with: dict[str, Any]) -> _Active:
@@ -179,13 +200,15 @@ def _finish(active: _Active, ended: Ended, folder: Path, protocol: Protocol) -> 
         with suppress(OSError):
             write_atomically(store.failure_of(folder, active.run), ended.error.encode())
     else:
-        _forget_failure(active.run, folder)
+        _forget_failures([active.run], folder)
+    active.claim.close()
     return ended
 
 
-def _forget_failure(run: Run, folder: Path) -> None:
-    with suppress(OSError):
-        store.failure_of(folder, run).unlink(missing_ok=True)
+def _forget_failures(runs: Sequence[Run], folder: Path) -> None:
+    for run in runs:
+        with suppress(OSError):
+            store.failure_of(folder, run).unlink(missing_ok=True)
 
 
 # --- how long it takes ------------------------------------------------------------------------------------------------
@@ -262,6 +285,7 @@ class Display:
         self._console, self._show, self._jobs, self._estimates = console, show, jobs, estimates
         self._done, self._total = len(runs) - len(queue), len(runs)
         self._left: float | None = None
+        self._others_make = 0
         columns = (
             TextColumn("{task.description}"),
             BarColumn(30),
@@ -292,6 +316,14 @@ class Display:
     def skipped(self) -> None:
         """A run that is there by now."""
         self._done += 1
+
+    def others_make(self, waiting: Sequence[Run] | deque[Run]) -> None:
+        """
+        :param waiting: runs that other processes make
+        """
+        if self._show and len(waiting) > self._others_make:
+            self._console.print(f"{len(waiting)} runs are made by another process: waiting for it", highlight=False)
+        self._others_make = len(waiting)
 
     def ended(self, active: _Active, ended: Ended) -> None:
         """

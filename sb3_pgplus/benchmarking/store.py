@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,8 +26,13 @@ from sb3_pgplus.configs import ConfigError, algorithm_class, algorithm_names
 from sb3_pgplus.construction import PLUMBING
 from sb3_pgplus.files import write_atomically
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = 1
-ENDING, FAILED = ".json.gz", ".failed.txt"
+ENDING, FAILED, CLAIMED = ".json.gz", ".failed.txt", ".lock"
 LAST_EVALUATIONS = 10
 """A run's score is their mean."""
 FloatArray = npt.NDArray[np.float64]
@@ -119,6 +125,35 @@ def failure_of(store: Path, run: Run) -> Path:
     """
     path = path_of(store, run)
     return path.with_name(path.name.removesuffix(ENDING) + FAILED)
+
+
+def claim(store: Path, run: Run) -> ExitStack | None:
+    """
+    Take a run, so that no other process makes it at the same time; of a process that dies the kernel takes it back.
+    Where there are no locks of files, it is always free.
+
+    :param store: the folder of all results
+    :param run: a training
+    :return: to close when the run is made; ``None`` if another process has it
+    """
+    held = ExitStack()
+    if fcntl is None:
+        return held
+    path = path_of(store, run)
+    path = path.with_name(path.name.removesuffix(ENDING) + CLAIMED)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = held.enter_context(path.open("ab"))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise FileNotFoundError  # who had it has removed this file since, and somebody made another
+    except (BlockingIOError, FileNotFoundError):
+        held.close()
+        return None
+    except OSError:  # not every file system can, and a full one has no place for it
+        return held
+    held.callback(path.unlink, missing_ok=True)  # before it is closed, which frees it
+    return held
 
 
 def write(path: Path, data: Mapping[str, Any]) -> None:
