@@ -725,6 +725,34 @@ def test_the_time_group_has_its_own_tables_of_the_minutes_and_of_the_time_to_the
     assert [title for title, _ in figures.draw(results, Path("nowhere"), anew=False)] == []
 
 
+def test_minutes_of_another_machine_are_marked() -> None:
+    def on(machine: str, jobs: int, *run: Any, **which: Any) -> store.StoredRun:
+        return store.StoredRun({**a_run([0.0] * 10, *run, **which).data, "machine": machine, "jobs": jobs})
+
+    one = [on("A", 2), on("A", 2, "a2cplus"), on("A", 2, "ppoplus", "Hopper-v5")]
+    text = tables.times(Results("mujoco", one), suites.OURS, MUJOCO_TASKS)
+    assert text.splitlines()[2:] == ["| HalfCheetah-v5 | 10.0 | 10.0 |", "| Hopper-v5 | 10.0 | – |"]
+    mixed = [*one, on("B", 2, seed=1), on("A", 1, "a2cplus", "Hopper-v5")]
+    text = tables.times(Results("mujoco", mixed), suites.OURS, MUJOCO_TASKS)
+    assert text.splitlines()[2:] == [
+        "| HalfCheetah-v5 | 10.0 b | 10.0 |",
+        "| Hopper-v5 | 10.0 | 10.0 a |",
+        "",
+        "* a: wholly or in part on A, 1 at a time; b: wholly or in part on B, 2 at a time. "
+        "All others on A, 2 at a time.",
+    ]
+
+
+def test_the_ablation_has_no_probability_of_a_single_seed_and_says_of_how_many_tasks_one_is() -> None:
+    tasks = ["Hopper-v5", "Walker2d-v5"]
+    runs = [a_run([0.0] * 10, "ppoplus", env, seed) for env in tasks for seed in range(2)]
+    runs += [a_run([1.0] * 10, "ppo", "Hopper-v5", seed) for seed in range(2)] + [a_run([1.0] * 10, "trpo", tasks[0])]
+    text = tables.ablation(Results("ablation", runs), tasks)
+    column = {line.split(" | ")[0]: line.split(" | ")[3] for line in text.splitlines() if line.startswith("| ")}
+    assert column["| PPO"] == "0.00 [0.00, 0.00] (1 of 2 tasks)"
+    assert column["| TRPO"] == column["| PPOPlus, all tricks"] == "–"
+
+
 def test_a_cell_says_how_many_seeds_it_has_and_an_interval_needs_two() -> None:
     results = Results("mujoco", [a_run([5650.0] * 10)])
     text = tables.scores(results, suites.OURS, MUJOCO_TASKS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from string import ascii_lowercase
 
 import numpy as np
 
@@ -196,11 +198,13 @@ def improvements(results: Results, pairs: Sequence[tuple[str, str]], tasks: Sequ
         if over_all is None:
             continue
         by_task = [results.improvement(ours, theirs, [env]) for env in tasks]
-        texts = [share(*found[:2]) if found else NONE for found in (*by_task, over_all)]
-        if len(over_all[2]) < len(tasks):
-            texts[-1] += f" ({len(over_all[2])} of {len(tasks)} tasks)"
+        texts = [*(share(*found[:2]) if found else NONE for found in by_task), _together(*over_all, tasks)]
         rows.append([f"{VARIANTS[ours].label} over {VARIANTS[theirs].label}", *texts])
     return table(["Probability of improvement", *tasks, "together"], rows)
+
+
+def _together(value: float, interval: Interval | None, common: Sequence[str], tasks: Sequence[str]) -> str:
+    return share(value, interval) + (f" ({len(common)} of {len(tasks)} tasks)" if len(common) < len(tasks) else "")
 
 
 def aggregates(results: Results, variants: Sequence[Variant], task_sets: Mapping[str, Sequence[str]]) -> str:
@@ -222,20 +226,31 @@ def aggregates(results: Results, variants: Sequence[Variant], task_sets: Mapping
 
 def times(results: Results, variants: Sequence[Variant], tasks: Sequence[str]) -> str:
     """
-    Minutes of a whole training, evaluations left out: median over seeds.
+    Minutes of a whole training, evaluations left out: median over seeds. Where they are not all from one machine with
+    one number of trainings side by side, those that are not from the most frequent one are marked.
 
     :param results: of a group
     :param variants: columns
     :param tasks: rows
     """
     shown = [variant for variant in variants if _has_runs(results, [variant], tasks)]
+    found = Counter(c for env in tasks for variant in shown for c in results.conditions(variant.name, env))
+    usual, *others = sorted(found, key=lambda c: (-found[c], c)) or [("", 0)]
+    marks = dict(zip(others, ascii_lowercase, strict=False))
 
     def text(variant: Variant, env: str) -> str:
         seconds = [float(run.data["seconds"]) for run in results.cells.get((variant.name, env), [])]
-        return f"{np.median(seconds) / 60:.1f}" if seconds else NONE
+        marked = sorted(marks[c] for c in results.conditions(variant.name, env) if c in marks)
+        return " ".join([f"{np.median(seconds) / 60:.1f}", *marked]) if seconds else NONE
 
     rows = [[env, *(text(v, env) for v in shown)] for env in tasks if _has_runs(results, shown, [env])]
-    return table(["Minutes of training", *(variant.label for variant in shown)], rows)
+    words = [f"{mark}: wholly or in part on {_condition(*condition)}" for condition, mark in marks.items()]
+    lines = ["", *list_item(f"{'; '.join(words)}. All others on {_condition(*usual)}."), ""] if words else []
+    return table(["Minutes of training", *(variant.label for variant in shown)], rows) + "\n".join(lines)
+
+
+def _condition(machine: str, jobs: int) -> str:
+    return f"{machine}, {jobs} at a time"
 
 
 def times_to_goal(results: Results, pairs: Sequence[tuple[str, str]], tasks: Sequence[str]) -> str:
@@ -265,7 +280,7 @@ def times_to_goal(results: Results, pairs: Sequence[tuple[str, str]], tasks: Seq
 
 def ablation(results: Results, tasks: Sequence[str]) -> str:
     """
-    Each file of the ablation beside PPOPlus and the paper.
+    Each file of the ablation beside PPOPlus and the paper; no probability of a single seed.
 
     :param results: of the group
     :param tasks: columns
@@ -281,7 +296,7 @@ def ablation(results: Results, tasks: Sequence[str]) -> str:
             variant.label + (", all tricks" if variant.name == "ppoplus" else ""),
             *(cell(results.summary(variant.name, env)) for env in shown),
         ]
-        row.append(share(*against[:2]) if against else NONE)
+        row.append(_together(*against, shown) if against and against[1] else NONE)
         row += [figures.get(variant.name, {}).get(env, [0, NONE])[1] for env in shown]
         rows.append(row)
     paper = [f"paper (1M steps), {env.partition('-')[0]}" for env in shown]
