@@ -487,8 +487,8 @@ def benchmark(
             return
         runs = plan(
             suite,
-            algos=command.names(algos),
-            envs=command.names(envs),
+            algos=command.names("--algos", algos),
+            envs=command.names("--envs", envs),
             seeds=None if seeds is None else parse_seeds(seeds),
             n_timesteps=None if steps is None else whole_number("steps", steps),
         )

@@ -932,6 +932,8 @@ def invoke(*arguments: str) -> Any:
         (("--suite", "nothing"), "unknown suite 'nothing'"),
         (("--algos", "ppo"), "suite mujoco has no algorithm 'ppo'"),
         (("--envs", "Hopper"), "suite mujoco has no environment 'Hopper'"),
+        (("--algos", ""), "--algos '' names nothing"),
+        (("--envs", " ,"), "--envs ' ,' names nothing"),
         (("--seeds", "x"), "--seeds x: write a number"),
         (("--steps", "0"), "steps must be a whole number"),
         (("--table", "--store", "missing"), "there are no results in missing"),

@@ -16,11 +16,16 @@ from sb3_pgplus.configs import ConfigError
 STORE, PAGE = Path("benchmarks/results/suite"), Path("docs/results.md")
 
 
-def names(text: str | None) -> list[str] | None:
+def names(option: str, text: str | None) -> list[str] | None:
     """
+    :param option: whose text it is
     :param text: comma-separated, or nothing
+    :raises ConfigError: if it names nothing
     """
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    found = [name.strip() for name in (text or "").split(",") if name.strip()]
+    if text is not None and not found:
+        raise ConfigError(f"{option} {text!r} names nothing: write names with commas between them, or leave it out")
+    return found or None
 
 
 def run(
