@@ -258,7 +258,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=37, help="steps from one state to the next")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figure", type=Path, help="picture to draw")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not 0 < args.gamma < 1:
+        parser.error(f"--gamma {args.gamma:g}: it must lie between 0 and 1")
+    for name in ("states", "rollouts"):
+        if getattr(args, name) < 2:
+            parser.error(f"--{name} {getattr(args, name)}: a variance needs at least 2")
+    return args
 
 
 def main() -> None:

@@ -143,6 +143,23 @@ def test_bias_and_variance_prints_every_estimator_and_draws(tmp_path: Path) -> N
     assert (tmp_path / "figure.svg").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        *((option, value, "at least 2") for option in ("--states", "--rollouts") for value in ("0", "1")),
+        *(("--gamma", value, "between 0 and 1") for value in ("0", "1", "nan")),
+    ],
+)
+def test_bias_and_variance_refuses_what_has_none_before_it_trains(
+    option: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bias_variance.py", option, value])
+    with pytest.raises(SystemExit, match="2"):
+        load("bias_variance.py").parse_arguments()
+    message = capsys.readouterr().err
+    assert f"{option} {value}: " in message and allowed in message
+
+
 def test_bias_and_variance_of_a_chain_of_two_states_are_those_by_hand() -> None:
     # s0 → s1 → end, rewards 0 and then ±1 with probability 1/2, no discount, critic V(s0) = 3, V(s1) = c = 0.5.
     # Ψ(λ) = δ0 + λ δ1 with δ0 = c − 3 and δ1 = ±1 − c; Q = 0, so the bias is (1 − λ) c and the variance λ².
