@@ -1,8 +1,10 @@
 """Environments in worker processes: the same numbers as DummyVecEnv, and nothing left behind whatever happens."""
 
+import copy
 import gc
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -406,6 +408,16 @@ def test_closing_twice_or_in_the_middle_of_a_step_is_fine(build):
     env.close()
     with pytest.raises(WorkerError, match="closed"):
         env.step_wait()
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copying_is_refused_and_does_no_harm(copier, build):
+    env = build(scripted((3,), (3,)), n_workers=2)
+    env.reset()
+    with pytest.raises(TypeError, match="WorkersVecEnv cannot be pickled or copied"):
+        copier(env)
+    gc.collect()
+    env.step(np.zeros((2, 2)))
 
 
 def test_a_forgotten_object_ends_its_processes_and_frees_its_memory():

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -212,6 +212,12 @@ class WorkersVecEnv(VecEnv):
     def close(self) -> None:
         """Close the environments and end the processes; those that have not closed after 10 s are killed."""
         self._finalizer()
+
+    def __getstate__(self) -> NoReturn:
+        # A copy of a pipe would share its descriptor and close it, so that this object could not go on.
+        raise TypeError(
+            "WorkersVecEnv cannot be pickled or copied, its environments live in other processes: make another one"
+        )
 
     # --- the single environments ------------------------------------------------------------------------------------
 
@@ -434,7 +440,8 @@ def _stop(pipes: Sequence[Connection], processes: Sequence[BaseProcess]) -> None
         for pipe in pipes:
             with contextlib.suppress(OSError):  # it may have ended already
                 pipe.send_bytes(CLOSE)
-            pipe.close()
+            with contextlib.suppress(OSError):  # the others are to be closed all the same
+                pipe.close()
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
     finally:
