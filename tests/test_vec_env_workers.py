@@ -566,6 +566,60 @@ def test_a_process_of_multiprocessings_that_forgets_to_close_ends_all_the_same(t
     wait_until_gone([int(pid) for pid in done.stdout.split("\n")[0].split()])
 
 
+FORKED = {
+    "fork": """
+child = os.fork()
+if not child:
+    sys.exit(use())
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+""",
+    "multiprocessing": """
+process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(use()))
+process.start()
+process.join()
+code = process.exitcode
+""",
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("way", FORKED)
+def test_a_forked_child_gets_an_error_and_the_parent_goes_on(way):
+    program = f"""
+import gc, multiprocessing, os, sys
+from vec_env_cases import scripted
+from sb3_pgplus.vec_env import WorkersVecEnv
+env = WorkersVecEnv(scripted((9,), (9,)), n_workers=2, start_method="fork")
+env.reset()
+def use():
+    global env
+    for call in (env.reset, lambda: env.step([[0, 0]] * 2), lambda: env.get_attr("steps")):
+        try:
+            call()
+        except RuntimeError as error:
+            assert "the process that forked this one" in str(error), error
+        else:
+            return 1
+    env.close()
+    del call, env
+    gc.collect()
+    return 7
+{FORKED[way]}
+env.step([[0, 0]] * 2)
+print(code, *env.get_attr("steps"), flush=True)
+env.close()
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert done.stdout == "7 1 1\n", done.stderr
+
+
 # --- with SB3 around it -----------------------------------------------------------------------------------------------
 
 

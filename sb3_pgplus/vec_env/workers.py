@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing as mp
+import os
 import pickle
 import select
 import signal
@@ -90,6 +91,7 @@ class WorkersVecEnv(VecEnv):
         self._processes: list[BaseProcess] = []
         # Also when nobody refers to this object any more, and at the end of the interpreter or of a process of
         # multiprocessing's, before that would wait for workers that do not listen to SIGTERM. Not in a fork.
+        self._owner = os.getpid()
         self._finalizer = Finalize(self, _stop, (self._pipes, self._processes), exitpriority=10)
         try:
             self._start(env_fns, n_workers, start_method or _default_start_method(), full_infos)
@@ -322,6 +324,11 @@ class WorkersVecEnv(VecEnv):
         return {worker: self._receive(worker) for worker in arguments}
 
     def _check_open(self) -> None:
+        if os.getpid() != self._owner:  # two processes that talk through the same pipes read each other's answers
+            raise RuntimeError(
+                "this WorkersVecEnv was made in the process that forked this one: make it inside the process that uses "
+                "it, or start that process with 'spawn' or 'forkserver'"
+            )
         if not self._finalizer.still_active():
             raise WorkerError("this WorkersVecEnv is closed")
 
