@@ -284,6 +284,51 @@ def test_an_exception_that_cannot_be_sent_is_told_and_the_workers_live_on(build)
     assert env.reset().shape == (2, 3)
 
 
+class Tells(Scripted):
+    """Puts a secret into its infos."""
+
+    def __init__(self, secret=None, when="step") -> None:
+        super().__init__((3,))
+        self.secret, self.when = secret, when
+
+    def secrets(self):
+        return self.secret()
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        return observation, info | ({"secret": self.secret()} if self.when == "reset" and self.secret else {})
+
+    def step(self, action):
+        *rest, info = super().step(action)
+        return *rest, info | ({"secret": self.secret()} if self.when == "step" and self.secret else {})
+
+
+@pytest.mark.parametrize("when", ["step", "reset"])
+def test_an_info_that_cannot_be_sent_is_told_with_its_environment(when, build):
+    secrets = [None, threading.Lock, None]
+    env = build([lambda secret=secret: Tells(secret, when) for secret in secrets], n_workers=1)
+    with pytest.raises(WorkerError, match=f"(?s)environment 1 .*in {when}:.*its info .* cannot be sent to another"):
+        play(env, 3)
+
+
+def test_an_answer_that_cannot_be_sent_is_told_with_its_environment_and_the_workers_live_on(build):
+    env = build([lambda secret=secret: Tells(secret, "") for secret in (int, threading.Lock, int)], n_workers=1)
+    with pytest.raises(TypeError, match="answer cannot be sent to another process") as caught:
+        env.env_method("secrets")
+    assert "environment 1" in caught.value.__notes__[0]
+    assert env.env_method("secrets", indices=[2, 0]) == [0, 0]
+
+
+def test_infos_may_hold_objects_of_classes_that_only_cloudpickle_takes(build):
+    class Reading:  # as those of a script's `__main__`
+        value = 7
+
+    env = build([lambda: Tells(Reading)], n_workers=1)
+    _, taken = play(env, 3)
+    assert taken[-1].infos[0]["secret"].value == 7
+    assert isinstance(taken[-1].infos[0]["secret"], Reading)
+
+
 def test_attributes_are_read_in_the_middle_of_a_step_without_losing_it(build):
     ours, theirs = build(scripted((3,), (3,)), n_workers=2), DummyVecEnv(scripted((3,), (3,)))
     for env in (ours, theirs):

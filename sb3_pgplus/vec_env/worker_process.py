@@ -20,6 +20,7 @@ from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -121,6 +122,7 @@ class Worker:
         self._pipe, self._env_fns, self._first = pipe, env_fns, first
         self._progress = progress
         self._full_infos = full_infos
+        self._asked: Sequence[int] = ()
         self.envs: list[gym.Env[Any, Any]] = []
 
     def serve(self) -> None:
@@ -136,14 +138,36 @@ class Worker:
     def _answer(self, perform: Callable[[], Any]) -> bytes:
         try:
             result = perform()
-            reply = DONE if result is None else DONE + pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+            reply = DONE if result is None else DONE + self._pickled(result)
         except BaseException as error:  # whatever happens in an environment, `sys.exit()` too, is the parent's to tell
             reply = FAILED + pickle.dumps(Failure(self._progress[1], traceback.format_exc(), _packed(error)))
         self._progress[1] = NOBODY
         return reply
 
+    def _pickled(self, result: Any) -> bytes:
+        """As pickle has it, which is fast, or cloudpickle, which also takes what is defined in ``__main__``."""
+        try:
+            return pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+        except Exception:  # objects may raise anything
+            try:
+                packed: bytes = cloudpickle.dumps(result)
+                return packed
+            except Exception as error:
+                self._find_unsendable(result)
+                raise TypeError(f"its info or answer cannot be sent to another process: {error}") from None
+
+    def _find_unsendable(self, result: Sequence[Any]) -> None:
+        """Note for the parent which environment's part of a result cannot be pickled."""
+        for index, part in zip(self._asked, result, strict=False):  # a step has parts of some environments only
+            try:
+                cloudpickle.dumps(part)
+            except Exception:
+                self._begin(part.env if isinstance(part, Event) else index)
+                return
+
     def _each(self, indices: Sequence[int]) -> Iterator[tuple[int, gym.Env[Any, Any]]]:
         """Environments by index, with a note for the parent whose turn it is."""
+        self._asked = indices
         for index in indices:
             self._begin(index)
             yield index, self.envs[index - self._first]
@@ -164,6 +188,7 @@ class Worker:
             self._begin(self._first + offset)
             self.envs.append(_patch_env(unpack(env_fn)()))
         self._indices = range(self._first, self._first + len(self.envs))
+        self._begin(self._first)
         return self.envs[0].observation_space, self.envs[0].action_space, self.envs[0].metadata
 
     def attach(self, specs: Mapping[Any, ArraySpec]) -> None:
