@@ -1,5 +1,6 @@
 """Gymnasium's vector environments behind SB3's interface: the same numbers as DummyVecEnv, in every autoreset mode."""
 
+import functools
 from typing import Any
 
 import gymnasium as gym
@@ -15,6 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from vec_env_cases import CASES, Scripted, ScriptedDict, assert_plays_like_sb3, play, registered, scripted
 
 from sb3_pgplus.vec_env import GymnasiumVecEnv
+from sb3_pgplus.vec_env.gymnasium_adapter import make_vector_env
 
 MODES = list(AutoresetMode)
 
@@ -46,6 +48,21 @@ class OneState(VectorEnv[Any, Any, Any]):
     def double_gravity(self) -> float:
         self.gravity *= 2
         return self.gravity
+
+
+class Corridor(OneState):
+    """Action 1 goes forward, 2 ends the episode, 0 stays; observations are positions, and begin at 0."""
+
+    def __init__(self, num_envs: int = 2, honours_mask: bool = False) -> None:
+        super().__init__(num_envs, [100] * num_envs, AutoresetMode.NEXT_STEP, honours_mask)
+        self.single_observation_space, self.single_action_space = gym.spaces.Discrete(100), gym.spaces.Discrete(3)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.counts = np.zeros(num_envs, np.int64)
+
+    def step(self, actions: Any) -> Any:
+        self.counts += actions == 1
+        return self.counts, np.ones(self.num_envs), actions == 2, np.zeros(self.num_envs, bool), {}
 
 
 # --- the same numbers as SB3 ------------------------------------------------------------------------------------------
@@ -107,6 +124,27 @@ def test_a_native_vector_env_whose_episodes_end_together_needs_no_mask():
 def test_transitions_that_cannot_be_correct_are_refused_with_what_to_build_instead(build):
     with pytest.raises(ValueError, match=r"ignores reset.*SAME_STEP"):
         play(GymnasiumVecEnv(build()), 60)
+
+
+def test_an_ignored_mask_is_noticed_also_if_the_first_partial_reset_did_not_show_it():
+    env = GymnasiumVecEnv(Corridor())
+    env.reset()
+    env.step(np.array([2, 0]))  # the other one is where it began
+    env.step(np.array([0, 1]))
+    with pytest.raises(ValueError, match=r"ignores reset.*SAME_STEP"):
+        env.step(np.array([2, 1]))
+
+
+@pytest.mark.filterwarnings("ignore:.*The environment is being initialised with render_mode")
+@pytest.mark.parametrize("honours_mask", [False, True])
+def test_a_native_vector_env_is_only_taken_if_it_visibly_honours_the_mask(honours_mask):
+    native = functools.partial(Corridor, honours_mask=honours_mask)
+    gym.register("Corridor-v0", Scripted, vector_entry_point=native)
+    try:
+        env = make_vector_env("Corridor-v0", 2, {})
+    finally:
+        del gym.registry["Corridor-v0"]
+    assert isinstance(env.unwrapped, Corridor if honours_mask else SyncVectorEnv)
 
 
 def test_async_workers_that_would_reset_twice_are_refused():

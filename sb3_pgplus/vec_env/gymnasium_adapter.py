@@ -29,6 +29,7 @@ _ADVICE = (
     "Build it with gym.make_vec(..., vectorization_mode='sync', "
     "vector_kwargs={'autoreset_mode': gym.vector.AutoresetMode.SAME_STEP})."
 )
+_PROBING_STEPS = 30  # until observations are no longer those of a reset
 _FINAL_KEYS = ("final_obs", "_final_obs", "final_info", "_final_info")
 
 
@@ -57,7 +58,6 @@ class GymnasiumVecEnv(VecEnv):
         self.full_infos = full_infos
         self.autoreset_mode = _autoreset_mode(env)
         self.episodes = EpisodeMonitor(env.num_envs)
-        self._partial_resets_work = False
         self._actions: Array | None = None
         _check_observation_space(env.single_observation_space)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
@@ -143,9 +143,10 @@ class GymnasiumVecEnv(VecEnv):
         return infos
 
     def _check_partial_reset(self, running: Array, before: Any, after: Any) -> None:
-        """Environments may ignore the mask; what they do the first time shows it."""
-        if self._partial_resets_work:
-            return
+        """
+        Environments may ignore the mask. Looked at each time, since it does not show where those that go on happen to
+        be where episodes begin.
+        """
         for old, new in array_pairs(before, after):
             if np.shape(new) != old.shape or not _same(old[running], np.asarray(new, dtype=old.dtype)[running]):
                 raise ValueError(
@@ -153,7 +154,6 @@ class GymnasiumVecEnv(VecEnv):
                     "reset(options={'reset_mask': ...}): when some episodes end and others go on, there is no way to "
                     f"get the correct next observations from it. {_ADVICE}"
                 )
-        self._partial_resets_work = True
 
     def _reset_all(self, seed: int | None, options: dict[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         return self.env.reset(seed=seed, options=options or None)
@@ -316,13 +316,28 @@ def make_vector_env(env_id: Any, n_envs: int, env_kwargs: Mapping[str, Any]) -> 
 
 
 def _resets_partially(env: VectorEnv[Any, Any]) -> bool:
-    """:return: whether it resets at the end of an episode, or just the environments that a mask names"""
+    """:return: whether it resets at the end of an episode, or visibly just the environments that a mask names"""
     if env.metadata.get("autoreset_mode") is AutoresetMode.SAME_STEP:
         return True
-    before = copy.deepcopy(env.reset(seed=0)[0])
+    if env.num_envs == 1:
+        return True  # its episodes all end at once
     mask = np.arange(env.num_envs) == 0
+
+    def others_same(first: Any, second: Any) -> bool:
+        return all(_same(old[~mask], new[~mask]) for old, new in array_pairs(first, second))
+
+    actions = copy.deepcopy(env.action_space)
+    actions.seed(0)  # the same answer every time
+    first = before = copy.deepcopy(env.reset(seed=0)[0])
+    for _ in range(_PROBING_STEPS):  # where all episodes begin alike, a reset only shows after a step
+        observations, _, terminated, truncated, _ = env.step(actions.sample())
+        before = copy.deepcopy(observations)
+        if not others_same(first, before):
+            break
+        if np.any(terminated) or np.any(truncated):
+            env.reset()
     after, _ = env.reset(options={"reset_mask": mask.copy()})
-    return all(_same(old[~mask], new[~mask]) for old, new in array_pairs(before, after))
+    return not others_same(first, before) and others_same(before, after)
 
 
 def _wrappers_of(env: VectorEnv[Any, Any]) -> set[str]:
