@@ -232,16 +232,20 @@ class MujocoVecEnv(VecEnv):
     # --- pictures ---
 
     def get_images(self) -> Sequence[Array | None]:
+        return self._images(range(self.num_envs))
+
+    def _images(self, copies: Sequence[int]) -> list[Array | None]:
+        """Only of those asked for: the first picture of a copy decides where its camera looks."""
         if self.render_mode != "rgb_array":
             warnings.warn(
                 f"The render mode is {self.render_mode}, but this method assumes it is `rgb_array` to obtain images.",
-                stacklevel=2,
+                stacklevel=3,
             )
-            return [None] * self.num_envs
+            return [None] * len(copies)
         self._usable_task()
         if not self._was_reset:
             raise gym.error.ResetNeeded("Cannot render before calling reset()")
-        return [self._image(i) for i in range(self.num_envs)]
+        return [self._image(i) for i in copies]
 
     def _image(self, env: int) -> Array:
         """
@@ -315,7 +319,7 @@ class MujocoVecEnv(VecEnv):
             for name, attribute in MONITOR_GETTERS.items()
         }
         methods["get_wrapper_attr"] = lambda name: self.get_attr(name, copies)
-        methods["render"] = lambda: [self.get_images()[i] for i in copies]
+        methods["render"] = lambda: self._images(copies)
         if method_name not in methods:
             self._env.get_wrapper_attr(method_name)
             self._refuse(f"the method {method_name!r} of single copies")
