@@ -296,6 +296,15 @@ def test_an_id_without_a_version_is_completed_by_gymnasium():
 
 
 @pytest.mark.filterwarnings("ignore:.*Using the latest versioned environment")
+def test_an_id_without_a_version_has_the_backends_of_the_newest_one(tmp_path):
+    env = make_vec_env("gymnasium:Reacher", 2, monitor_dir=str(tmp_path))
+    env.close()
+    assert backend_of(env) == "mujoco"
+    assert all('"env_id": "Reacher-v5"' in file.read_text() for file in tmp_path.iterdir())
+    assert isinstance(make_vec_env("CartPole", backend="gymnasium").env.unwrapped, CartPoleVectorEnv)
+
+
+@pytest.mark.filterwarnings("ignore:.*Using the latest versioned environment")
 def test_an_id_without_a_version_may_have_a_namespace():
     gym.register("Somewhere/Reacher-v3", entry_point=reacher)
     try:

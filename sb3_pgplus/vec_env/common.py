@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec, find_highest_version, get_env_id, parse_env_id
 
 Array = np.ndarray[Any, Any]
 Indices = int | Iterable[int] | None
@@ -30,6 +32,25 @@ def indices_of(indices: Indices, n_envs: int) -> list[int]:
         return list(range(n_envs))
     named = [indices] if isinstance(indices, (int, np.integer)) else indices
     return [range(n_envs)[int(i)] for i in named]
+
+
+def find_spec(env_id: str) -> EnvSpec | None:
+    """
+    What ``gymnasium.make`` would build, without its warnings: these come when it does.
+
+    :param env_id: an id, with a module or not; one without a version means the newest
+    :return: None if there is no such environment
+    """
+    name = env_id.rpartition(":")[2]
+    if name in gym.registry:
+        return gym.registry[name]
+    try:
+        namespace, base, version = parse_env_id(name)
+    except gym.error.Error:
+        return None
+    if version is None:
+        version = find_highest_version(namespace, base)
+    return gym.registry.get(get_env_id(namespace, base, version))
 
 
 def check_integer(name: str, value: Any, minimum: int) -> int:

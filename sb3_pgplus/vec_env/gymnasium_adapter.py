@@ -22,7 +22,7 @@ from stable_baselines3.common.preprocessing import check_for_nested_spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.errors import BackendError
-from sb3_pgplus.vec_env.common import Array, Indices, indices_of
+from sb3_pgplus.vec_env.common import Array, Indices, find_spec, indices_of
 from sb3_pgplus.vec_env.episodes import RUNNING, EpisodeMonitor, running_infos
 
 _ADVICE = (
@@ -302,7 +302,7 @@ def make_vector_env(env_id: Any, n_envs: int, env_kwargs: Mapping[str, Any]) -> 
     """
     if not isinstance(env_id, str):
         raise BackendError("it needs an environment's id, and this is a class or function that builds environments")
-    spec = gym.registry.get(env_id.rpartition(":")[2])
+    spec = find_spec(env_id)
     if spec is not None and spec.vector_entry_point is not None:
         native = gym.make_vec(env_id, n_envs, "vector_entry_point", **env_kwargs)
         if spec.entry_point is None or _resets_partially(native):

@@ -14,7 +14,7 @@ from stable_baselines3.common import env_util
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_pgplus.errors import BackendError
-from sb3_pgplus.vec_env.common import check_integer, check_switch
+from sb3_pgplus.vec_env.common import check_integer, check_switch, find_spec
 from sb3_pgplus.vec_env.episodes import MONITOR_ARGUMENTS, EpisodeMonitor
 from sb3_pgplus.vec_env.serial import SerialVecEnv
 
@@ -263,7 +263,8 @@ def finish(env: MujocoVecEnv | GymnasiumVecEnv, request: Request) -> VecEnv:
     :param request: what was asked for
     """
     r = request
-    name = str(r.env_id).rpartition(":")[2]  # without the module, as `Monitor` has it
+    spec = find_spec(str(r.env_id))
+    name = r.env_id if spec is None else spec.id  # without the module and with the version, as `Monitor` has it
     env.episodes = EpisodeMonitor(r.n_envs, name, r.monitor_dir, r.start_index, **r.monitor_kwargs)
     if request.seed is not None:
         env.action_space.seed(request.seed + request.start_index)

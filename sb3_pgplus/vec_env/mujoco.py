@@ -24,7 +24,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.errors import BackendError
-from sb3_pgplus.vec_env.common import Array, check_integer, indices_of, usable_cpus
+from sb3_pgplus.vec_env.common import Array, check_integer, find_spec, indices_of, usable_cpus
 from sb3_pgplus.vec_env.episodes import RUNNING, EpisodeMonitor, running_infos
 from sb3_pgplus.vec_env.mujoco_data import hidden_state
 from sb3_pgplus.vec_env.mujoco_tasks import ALL, TASKS, Outcome, Rows, Task
@@ -364,7 +364,7 @@ def find_task(env_id: Any) -> type[Task]:
     :param env_id: what ``make_vec_env`` was given
     :raises BackendError: if it is not the id of one of the eleven tasks
     """
-    spec = gym.registry.get(env_id.rpartition(":")[2]) if isinstance(env_id, str) else None
+    spec = find_spec(env_id) if isinstance(env_id, str) else None
     point: Any = None if spec is None else spec.entry_point
     name = point if isinstance(point, str) else f"{point.__module__}:{point.__qualname__}" if point else ""
     if name not in TASKS:
