@@ -158,6 +158,11 @@ def test_models_whose_results_would_differ_are_refused_and_auto_steps_them_one_b
     assert backend_of(make_vec_env(**arguments)) == "serial"
 
 
+def test_settings_with_which_space_and_observations_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match=r"observations of Humanoid-v5 are of shape \(218,\), .* space of \(348,\)"):
+        MujocoVecEnv("Humanoid-v5", 2, env_kwargs={"include_cinert_in_observation": 1})
+
+
 def test_squares_and_norms_round_as_those_of_single_numbers_and_vectors():
     generator = np.random.default_rng(0)
     values, vectors = generator.normal(size=20_000), generator.normal(size=(5000, 3))

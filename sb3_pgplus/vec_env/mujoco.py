@@ -84,6 +84,9 @@ class MujocoVecEnv(VecEnv):
         is_clear = len(started) == self.n_threads - 1 and threading.get_native_id() in before
         self._placement = WorkerPlacement(started if is_clear else ())
         self._task: Task | None = task_class(self._env.unwrapped, self._batch)
+        observed, declared = self._task.observations(ALL).shape[1:], self._env.observation_space.shape
+        if observed != declared:  # Gymnasium's humanoids count 1 as True in their space only
+            raise BackendError(f"the observations of {env_id} are of shape {observed}, and its space of {declared}")
         self._owner = os.getpid()
         super().__init__(n_envs, self._env.observation_space, self._env.action_space)
         self.metadata = self._env.metadata
