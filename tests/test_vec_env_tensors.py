@@ -166,6 +166,40 @@ def test_numpy_actions_give_what_sb3_expects() -> None:
     assert lengths == [5] * 2 * N  # 12 steps hold two episodes of 5 for each
 
 
+def test_a_list_of_actions_gives_what_sb3_expects_too() -> None:
+    env, other = Walk(), Walk()
+    assert np.array_equal(env.reset(), other.reset())
+    actions = [[0.1], [0.2], [0.3]]
+    observations, rewards, dones, infos = env.step(actions)
+    expected = other.step(np.array(actions))
+    assert (type(observations), type(rewards), type(dones), type(infos)) == (np.ndarray, np.ndarray, np.ndarray, list)
+    assert np.array_equal(observations, expected[0]) and np.array_equal(rewards, expected[1])
+
+
+def test_reset_options_are_refused_once() -> None:
+    env = Walk()
+    env.set_options({"wind": 1})
+    with pytest.raises(ValueError, match="Walk takes no reset options.*wind"):
+        env.reset()
+    env.reset()
+
+
+@pytest.mark.parametrize("build", [Walk, lambda: countdown(N)], ids=["tensors", "jax"])
+def test_a_step_before_the_first_reset_is_refused(build: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"call reset\(\) first"):
+        build().step(np.zeros(N, dtype=int))
+
+
+@pytest.mark.parametrize("bad, error", [(0, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_what_is_no_number_of_copies_is_refused(bad: Any, error: type[Exception]) -> None:
+    class Still(Walk):
+        def __init__(self) -> None:
+            TensorVecEnv.__init__(self, bad, spaces.Box(-1, 1, (2,)), spaces.Discrete(2))
+
+    with pytest.raises(error, match=f"`num_envs` must be an integer of at least 1, got {bad}"):
+        Still()
+
+
 def test_an_end_at_the_time_limit_is_a_termination() -> None:
     env = Walk()
     env.reset()
@@ -309,10 +343,15 @@ def test_algorithms_train_on_jax_environments(cls: Any) -> None:
     assert model._trains_on_tensors_of(model.env)
 
 
-@pytest.mark.parametrize("bad", [{"num_envs": 0}, {"max_episode_steps": 0}])
-def test_jax_refuses_numbers_below_one(bad: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=f"`{next(iter(bad))}` must be at least 1, got 0"):
-        countdown(**bad)
+@pytest.mark.parametrize("name", ["num_envs", "max_episode_steps"])
+@pytest.mark.parametrize("bad, error", [(0, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_jax_refuses_what_is_no_number_of_copies_or_steps(name: str, bad: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"`{name}` must be an integer of at least 1, got {bad}"):
+        countdown(**{name: bad})
+
+
+def test_jax_environments_without_a_seed_differ() -> None:
+    assert not np.array_equal(countdown().get_state()["key"], countdown().get_state()["key"])
 
 
 @pytest.mark.parametrize("dtype", [th.uint8, th.int64, th.float32])

@@ -10,6 +10,7 @@ import numpy as np
 import torch as th
 from torch.utils.dlpack import from_dlpack
 
+from sb3_pgplus.vec_env.common import check_integer
 from sb3_pgplus.vec_env.tensors import TensorStep, TensorVecEnv
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ class JaxVecEnv(TensorVecEnv):
     :param num_envs: N
     :param max_episode_steps: time limit; None: none
     :param device: where the tensors are; JAX's own default device has to be the same
-    :param seed: of all copies together
-    :raises ValueError: on numbers below 1
+    :param seed: of all copies together; None: another one each time
+    :raises TypeError: on numbers of copies or steps that are no integers
+    :raises ValueError: on such below 1
     """
 
     backend = "jax"
@@ -45,14 +47,13 @@ class JaxVecEnv(TensorVecEnv):
         device: th.device | str = "cpu",
         seed: int | None = None,
     ) -> None:
-        for name, number in {"num_envs": num_envs, "max_episode_steps": max_episode_steps}.items():
-            if number is not None and number < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {number}")
+        if max_episode_steps is not None:
+            max_episode_steps = check_integer("max_episode_steps", max_episode_steps, 1)
         super().__init__(num_envs, func_env.observation_space, func_env.action_space, device)
         self.func_env = func_env
-        self._key = jax.random.key(0 if seed is None else seed)
-        self._reset: Callable[..., Any] = jax.jit(partial(_reset, func_env, num_envs))
-        self._step: Callable[..., Any] = jax.jit(partial(_step, func_env, num_envs, max_episode_steps))
+        self._key = jax.random.key(int(np.random.default_rng().integers(2**32)) if seed is None else seed)
+        self._reset: Callable[..., Any] = jax.jit(partial(_reset, func_env, self.num_envs))
+        self._step: Callable[..., Any] = jax.jit(partial(_step, func_env, self.num_envs, max_episode_steps))
 
     def reset_tensors(self, seed: int | None) -> Any:
         """

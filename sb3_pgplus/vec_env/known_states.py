@@ -100,12 +100,14 @@ def _restore_buffers(env: Any, tree: Tree) -> None:
 
 
 def _sums_to_tree(env: Any) -> Tree:
-    return {"returns": env._returns.cpu().numpy().copy(), "lengths": env._lengths.cpu().numpy().copy()}
+    sums = {"returns": env._returns.cpu().numpy().copy(), "lengths": env._lengths.cpu().numpy().copy()}
+    return sums | {"was_reset": env._was_reset}
 
 
 def _restore_sums(env: Any, tree: Tree) -> None:
     env._returns.copy_(env._returns.new_tensor(tree["returns"]))
     env._lengths.copy_(env._lengths.new_tensor(tree["lengths"]))
+    env._was_reset = tree["was_reset"]
 
 
 def _picture_to_tree(layer: Any) -> Tree:

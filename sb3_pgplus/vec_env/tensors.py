@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 from sb3_pgplus.buffers import map_observations, select
+from sb3_pgplus.vec_env.common import check_integer
 
 
 class TensorStep(NamedTuple):
@@ -48,6 +49,8 @@ class TensorVecEnv(VecEnv):
     :param observation_space: of one environment
     :param action_space: of one environment
     :param device: where its tensors are
+    :raises TypeError: if `num_envs` is no integer
+    :raises ValueError: if it is below 1
     """
 
     backend = "tensors"
@@ -64,7 +67,9 @@ class TensorVecEnv(VecEnv):
     ) -> None:
         self.device = th.device(device)
         self.render_mode = None
+        num_envs = check_integer("num_envs", num_envs, 1)
         super().__init__(num_envs, observation_space, action_space)
+        self._was_reset = False
         self._returns = th.zeros(num_envs, dtype=th.float64, device=self.device)
         self._lengths = th.zeros(num_envs, dtype=th.int64, device=self.device)
         self._started = time.time()
@@ -89,24 +94,36 @@ class TensorVecEnv(VecEnv):
     # --- SB3's interface ----------------------------------------------------------------------------------------------
 
     def reset(self) -> Any:
-        """Begin new episodes; NumPy observations, as SB3 expects them."""
+        """
+        Begin new episodes; NumPy observations, as SB3 expects them.
+
+        :raises ValueError: if it was given reset options, which it has none of
+        """
+        options = self._options
+        self._reset_options()
+        if any(options):
+            raise ValueError(f"{type(self).__name__} takes no reset options, got {options}")
         observations = self.reset_tensors(self._seeds[0])
         self._reset_seeds()
+        self._was_reset = True
         self._returns.zero_()
         self._lengths.zero_()
         self.reset_infos = [{} for _ in range(self.num_envs)]
         return map_observations(observations, _to_numpy)
 
     def step_async(self, actions: Any) -> None:
-        """:param actions: a tensor on the device, or a NumPy array"""
+        """:param actions: a tensor on the device, or anything that NumPy makes an array of"""
         self._actions = actions
 
     def step_wait(self) -> Any:
         """
         :return: observations, rewards, dones, infos: tensors and :class:`TensorInfos` after a tensor, else as SB3's
+        :raises RuntimeError: before the first reset
         """
-        actions, is_host = self._actions, isinstance(self._actions, np.ndarray)
-        step = self.step_tensors(th.as_tensor(actions, device=self.device))
+        if not self._was_reset:
+            raise RuntimeError(f"this {type(self).__name__} has no episodes yet: call reset() first")
+        actions, is_host = self._actions, not isinstance(self._actions, th.Tensor)
+        step = self.step_tensors(th.as_tensor(np.asarray(actions) if is_host else actions, device=self.device))
         if self.reuses_memory:
             step = TensorStep(*(map_observations(part, th.clone) for part in step))
         # Some simulators have bytes or integers here, of which ~ makes something else.
