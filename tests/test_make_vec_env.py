@@ -184,6 +184,7 @@ def test_subproc_runs_one_process_per_copy():
         ("Reacher-v5", {"n_envs": 2, "vec_env_cls": DummyVecEnv}, "dummy"),
         ("Reacher-v5", {"n_envs": 2, "env_kwargs": {"render_mode": "depth_array"}}, "serial"),
         ("CartPole-v1", {"n_envs": 2}, "serial"),
+        ("CartPole-v1", {"n_envs": 2, "n_threads": 3}, "serial"),
     ],
 )
 @pytest.mark.usefixtures("registered")

@@ -81,7 +81,7 @@ def make_vec_env(
     :param wrapper_kwargs: for ``wrapper_class``
     :param backend: ``"auto"`` or a name of ``BACKENDS``
     :param n_threads: threads of ``"mujoco"`` and ``"envpool"``, processes of ``"workers"``; by default one per copy or
-        usable CPU, whichever are fewer
+        usable CPU, whichever are fewer. Without effect where ``"auto"`` comes to ``"serial"``
     :param full_infos: all info entries of the environment in every step, also from a backend that leaves them out
         inside an episode for speed
     :param verbose: 1 prints which backend it is
