@@ -107,7 +107,7 @@ def _sums_to_tree(env: Any) -> Tree:
 def _restore_sums(env: Any, tree: Tree) -> None:
     env._returns.copy_(env._returns.new_tensor(tree["returns"]))
     env._lengths.copy_(env._lengths.new_tensor(tree["lengths"]))
-    env._was_reset = tree["was_reset"]
+    env._was_reset = tree.get("was_reset", True)  # earlier trees lack it
 
 
 def _picture_to_tree(layer: Any) -> Tree:
