@@ -429,11 +429,11 @@ def test_a_failed_step_that_nobody_waited_for_is_told_at_the_reset(build):
 def test_a_timeout_is_for_one_call_not_for_all_environments_of_a_worker(build):
     class Slow(Scripted):
         def step(self, action):
-            time.sleep(0.4)
+            time.sleep(HANGS / 3)
             return super().step(action)
 
     env = build([lambda: Slow((9,)) for _ in range(4)], n_workers=1, timeout=HANGS)
-    play(env, 1)  # 1.6 s
+    play(env, 1)  # 4/3 of the timeout
 
 
 def test_a_worker_killed_between_steps_is_reported(build):
