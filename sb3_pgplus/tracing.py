@@ -84,7 +84,7 @@ def check_policy(policy: nn.Module) -> None:
     if type(policy.action_dist) not in _DISTRIBUTIONS:
         raise UntraceableError(f"{type(policy.action_dist).__name__} is not one of the known action distributions")
     if is_patched():
-        raise UntraceableError("a method of a class that it is made of was replaced")
+        raise UntraceableError("a function or a method that it is made of was replaced")
     extractors = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
     if policy.share_features_extractor and len({*map(id, extractors)}) > 1:
         raise UntraceableError("it shares its features extractor, but has several")

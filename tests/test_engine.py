@@ -750,12 +750,15 @@ def test_a_class_that_somebody_patched_after_compiling_is_found_out(monkeypatch:
 
     monkeypatch.setattr(ActorCriticPolicy, "evaluate_actions", doubled)
     model.learn(ITERATION, reset_num_timesteps=False)
-    assert "update: eager, a method of a class that it is made of was replaced" in model.engine_report()
+    assert "update: eager, a function or a method that it is made of was replaced" in model.engine_report()
 
 
-def test_a_function_that_somebody_replaced_after_compiling_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_of_torchs_that_somebody_replaced_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = PPOPlus("MlpPolicy", "Pendulum-v1", **PPO, compile=True).learn(ITERATION)
-    monkeypatch.setattr(updates, "normalize", lambda advantages: 2 * advantages)  # nothing looks for that
+    original = nn.functional.linear  # nothing looks for torch's functions
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: 2 * original(*args))
     with pytest.warns(UserWarning, match="its compiled result differed from the eager one"):
         model.learn(2 * ITERATION, reset_num_timesteps=False)  # calls 5 to 12; call 8 is compared
     assert "update: eager, its compiled result differed" in model.engine_report()
@@ -1117,7 +1120,7 @@ def test_methods_replaced_on_the_distribution_or_on_a_class_stand_in_the_way(mon
     original = ActorCriticPolicy.evaluate_actions
     monkeypatch.setattr(ActorCriticPolicy, "evaluate_actions", lambda *args: original(*args))
     assert fingerprint([policy]) != before
-    with pytest.raises(UntraceableError, match="a method of a class that it is made of was replaced"):
+    with pytest.raises(UntraceableError, match="a function or a method that it is made of was replaced"):
         check_policy(policy)
 
 
