@@ -420,7 +420,7 @@ class PolicyGradientPlus(
         found = self._advantages_in(rollout_buffer) if watched else []
         callback.update_locals(locals())
         callback.on_rollout_end()
-        self._advantages_replaced = not all(map(th.equal, found, self._advantages_in(rollout_buffer)))
+        self._advantages_replaced = watched and not all(map(th.equal, found, self._advantages_in(rollout_buffer)))
         self._value_function = self.policy.predict_values  # of whatever the policy is by now
         return True
 
