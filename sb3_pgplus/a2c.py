@@ -2,6 +2,7 @@
 Advantage actor-critic, synchronous (Mnih et al. 2016, https://arxiv.org/abs/1602.01783), with tuned GAE.
 """
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self, cast
 
 import torch as th
@@ -9,12 +10,12 @@ from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_pgplus import presets
-from sb3_pgplus.buffers import RolloutSamples
+from sb3_pgplus.buffers import RolloutSamples, has_stock_sampling
 from sb3_pgplus.core import losses
 from sb3_pgplus.hparams import A2CHparams, PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.on_policy import PolicyGradientPlus
-from sb3_pgplus.updates import check_normalizable, trained_parameters
+from sb3_pgplus.updates import check_normalizable
 
 #: Values of ``use_rms_prop`` other than False.
 _RMS_PROP: dict[bool | str, type[th.optim.Optimizer]] = {True: th.optim.RMSprop, "tf_like": RMSpropTFLike}
@@ -68,14 +69,22 @@ class A2CPlus(PolicyGradientPlus[A2CHparams]):
 
     def update(self, hp: A2CHparams, metrics: Metrics) -> None:
         """One gradient step on all samples of the rollout."""
-        parameters, n_samples = trained_parameters(self.policy), hp.n_steps * self.n_envs
+        parameters, n_samples = self._trained_parameters(), hp.n_steps * self.n_envs
         gradient_of = self._gradient_of("update", self.loss, hp, parameters, n_samples)
-        for batch in self.rollout_buffer.get(batch_size=None):
+        for batch in self._batches(hp):
             gradient = gradient_of(batch)
             self._apply(gradient, batch)
             metrics.add({**gradient.diagnostics, "train/grad_norm": gradient.norm})
         self._n_updates += 1
         self.logger.record("train/ent_coef", hp.ent_coef)
+
+    def _batches(self, hp: A2CHparams) -> Iterator[Any]:
+        """The rollout, which is one batch. The order of its samples changes nothing but the rounding of their sums."""
+        buffer = self.rollout_buffer
+        if has_stock_sampling(buffer) and not hp.sb3_exact:
+            yield buffer.whole()
+        else:
+            yield from buffer.get(batch_size=None)
 
     def loss(self, batch: RolloutSamples, hp: A2CHparams) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 PACKAGE = __name__.partition(".")[0]
 _TOLERANCE = 1e-3
+#: Where a clip begins, a loss has a bend: rounding then decides whether a sample has a gradient at all. A function that
+#: is wrong is so for the next minibatches, too.
+_MOST_DISAGREEMENTS = 3
 #: What stands between a gradient and its step: where somebody has changed it, the step is left to it.
 _STEP_METHODS = ("train", "update", "_epoch", "_fit_critic", "_apply")
 
@@ -137,15 +140,8 @@ class CompiledUpdate:
     def _look_up(self, batch: Any, flat: list[th.Tensor]) -> None:
         """Find or make the function for things as they are now."""
         self._looked_up = True
-        problem, trained_ids = self._problem, {id(parameter) for parameter in self._trained}
-        is_stock = foreign_method(problem.owner, _STEP_METHODS, PACKAGE) is None
-        buffer = problem.owner.rollout_buffer
-        if not is_stock or type(buffer) not in _BUFFERS or not has_stock_sampling(buffer):
-            self._shapes = shapes(flat)
-        left_out = _OUTSIDE_LOSSES.union(self._scheduled)
-        constants = tuple([value for name, value in problem.hp.__dict__.items() if name not in left_out])
-        trained = tuple([id(tensor) in trained_ids for tensor in self._values])
-        key = (problem.variant, constants, self._known.number, shapes(flat), trained, tuple(problem.limits))
+        problem, what = self._problem, (self._unit, self._problem.variant, *self._problem.limits)
+        is_stock, self._shapes, key = self._engine.remembered(what, lambda: self._inspected(flat))
         if is_stock and self._take_over(self._engine.ready.get(self._unit), key):
             return
         if (self._unit, key) not in self._engine.used:
@@ -166,6 +162,21 @@ class CompiledUpdate:
         if self._found is not None and self._rule is not None and self._buffer is not None:
             ready = Ready(self._known, key, self._key, self._used, self._rule, self._buffer, self._found)
             self._engine.ready[self._unit] = ready
+
+    def _inspected(self, flat: list[th.Tensor]) -> tuple[bool, tuple[Hashable, ...] | None, Hashable]:
+        """
+        Whether nobody has changed what stands between gradient and step, the layout of the minibatches where they may
+        differ from each other, and everything that the function depends on.
+        """
+        problem, trained_ids = self._problem, {id(parameter) for parameter in self._trained}
+        is_stock = foreign_method(problem.owner, _STEP_METHODS, PACKAGE) is None
+        buffer = problem.owner.rollout_buffer
+        is_uniform = is_stock and type(buffer) in _BUFFERS and has_stock_sampling(buffer)
+        left_out = _OUTSIDE_LOSSES.union(self._scheduled)
+        constants = tuple([value for name, value in problem.hp.__dict__.items() if name not in left_out])
+        trained = tuple([id(tensor) in trained_ids for tensor in self._values])
+        key = (problem.variant, constants, self._known.number, shapes(flat), trained, tuple(problem.limits))
+        return is_stock, None if is_uniform else shapes(flat), key
 
     def _take_over(self, ready: Ready | None, key: Hashable) -> bool:
         """Use what the last update found, if it still holds."""
@@ -251,22 +262,26 @@ class CompiledUpdate:
             parameter.grad = view
 
     def _checked(self, batch: Any, flat: list[th.Tensor]) -> Gradient:
-        """The compiled update, unless the eager gradient on the same minibatch says that it is wrong."""
+        """The compiled update, or the eager gradient where that is another one: several times, and it is wrong."""
         expected = self._eager(batch)
         wanted = [parameter.grad for parameter in self._trained]
         changed = [*self._used, *self._states()]
         before = [tensor.detach().clone() for tensor in changed]
         result = self._run(flat)
+        assert self._found is not None
         if agree([parameter.grad for parameter in self._trained], wanted):
+            self._found.n_disagreements = 0
             return result
         with th.no_grad():
             for tensor, old in zip(changed, before, strict=True):
                 tensor.copy_(old)
         for parameter, gradient in zip(self._trained, wanted, strict=True):
             parameter.grad = gradient
-        self._engine.drifted(self._unit, self._key)
-        self._engine.ready.pop(self._unit, None)
-        self._found = None
+        self._found.n_disagreements += 1
+        if self._found.n_disagreements == _MOST_DISAGREEMENTS:
+            self._engine.drifted(self._unit, self._key)
+            self._engine.ready.pop(self._unit, None)
+            self._found = None
         return expected
 
 

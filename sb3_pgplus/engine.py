@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 from torch import nn
@@ -33,6 +33,8 @@ from sb3_pgplus.optimizers import has_own_zero_grad
 from sb3_pgplus.policies import fisher_outputs, submodules
 from sb3_pgplus.sampling import Draw, noise_of, sample
 from sb3_pgplus.tracing import Known, Snapshot, Tensors, check_policy, fingerprint, foreign_method
+
+T = TypeVar("T")
 
 
 class Cost(NamedTuple):
@@ -84,6 +86,8 @@ class Engine:
     used: dict[Hashable, tuple[bool, ...]] = field(default_factory=dict)
     #: Unit → what its last update found.
     ready: dict[str, Ready] = field(default_factory=dict)
+    #: What :meth:`remembered` found.
+    _remembered: dict[Hashable, Any] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: compiled code stays in its process, and what is known of modules goes by their addresses."""
@@ -97,6 +101,7 @@ class Engine:
         :param calls: unit → how often the whole training calls it
         """
         self._wanted.clear()
+        self._remembered.clear()
         for unit, n_calls in calls.items():
             cost = COSTS[unit]
             needed = int(_MARGIN * cost.to_compile / cost.saved_per_call)
@@ -107,6 +112,18 @@ class Engine:
             else:
                 self._wanted.add(unit)
                 self._reasons.pop(unit, None)
+
+    def remembered(self, what: Hashable, find: Callable[[], T]) -> T:
+        """
+        What was found before, where nobody can have changed it since; otherwise it is looked for again.
+
+        :param what: its name
+        :param find: looks for it
+        """
+        if not self.is_undisturbed or what not in self._remembered:
+            self._remembered[what] = find()
+        found: T = self._remembered[what]
+        return found
 
     def wants(self, unit: str) -> bool:
         """

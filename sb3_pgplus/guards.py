@@ -79,9 +79,8 @@ def check_finite_policy(log_probs: Any, policy: nn.Module) -> None:
     :param policy: whose they are, to name the cause
     :raises NonFinitePolicyError: naming the first parameter that is not finite
     """
-    log_probs = th.as_tensor(log_probs)
     # A sum is finite where all of it is, nearly always, and one operation instead of five.
-    if not math.isfinite(float(log_probs.sum())) and not bool(log_probs.isfinite().all()):
+    if not math.isfinite(float(log_probs.sum())) and not bool(th.as_tensor(log_probs).isfinite().all()):
         raise broken_policy(policy)
 
 

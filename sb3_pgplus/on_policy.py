@@ -15,7 +15,8 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
@@ -37,7 +38,13 @@ from sb3_pgplus.guards import check_finite_step, without_distribution_checks
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.persistence import Persistence
-from sb3_pgplus.policies import RunningMoments, has_convolutions, has_stock_features, set_training_mode
+from sb3_pgplus.policies import (
+    RunningMoments,
+    has_convolutions,
+    has_stock_features,
+    plain_modules,
+    set_training_mode,
+)
 from sb3_pgplus.resuming import Resuming
 from sb3_pgplus.rollouts import RolloutProcessing
 from sb3_pgplus.schedules import as_schedule, describe_schedule, is_constant
@@ -121,6 +128,7 @@ class PolicyGradientPlus(
         self._nonfinite_in_a_row = 0
         self._warned_short_learns = False
         self._iteration = 0
+        self._is_logged = True
         self._unfinished = None
         self._resumed_from = None
         self._checkpoint_folder = None
@@ -242,7 +250,7 @@ class PolicyGradientPlus(
             tell_failure(callback, error)
             raise
         finally:
-            self._engine.is_undisturbed = False
+            self._engine.is_undisturbed, self._is_logged = False, True
         self._merge_observations(self.rollout_buffer)
         tell_return(callback)
         return self
@@ -265,11 +273,16 @@ class PolicyGradientPlus(
         assert self.env is not None
         listeners = between_iterations(callback)
         first, ours_alone = iteration, self._runs_ours_alone(callback)
+        alone = ours_alone and isinstance(callback, ConvertCallback) and callback.callback is None
+        alone = alone and type(self.logger) is Logger
         while self._may_go_on(listeners, callback) and self.num_timesteps < total_timesteps:
             if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
                 break
             self._iteration = iteration = iteration + 1
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            is_last = self.num_timesteps >= total_timesteps
+            # Nobody sees what the next update overwrites.
+            self._is_logged = is_last or not alone or bool(log_interval and (iteration + 1) % log_interval == 0)
             if log_interval is not None and iteration % log_interval == 0:
                 self.dump_logs(iteration)
             self.train()
@@ -371,7 +384,7 @@ class PolicyGradientPlus(
         assert self._last_obs is not None, "No previous observation was provided"
         started = time.perf_counter()
         # Batch norm and dropout in their evaluation mode.
-        set_training_mode(self.policy, False)
+        self._set_training_mode(False)
         n_steps = 0
         self._merge_observations(rollout_buffer)  # those of the last rollout, now that its update is over
         rollout_buffer.reset()
@@ -424,12 +437,19 @@ class PolicyGradientPlus(
         self._value_function = self.policy.predict_values  # of whatever the policy is by now
         return True
 
+    def _set_training_mode(self, mode: bool) -> None:
+        plain = self._engine.remembered("modules", lambda: plain_modules(self.policy))
+        set_training_mode(self.policy, mode, plain)
+
     def _policy_step(self) -> Callable[[Any], Any]:
         """The quickest function of a rollout's steps for the policy as it is now."""
-        with th.no_grad(), self._threads_for(self.n_envs):
-            step = self._engine.policy_step(self.policy, self._observation_tensor())
+        step = self._engine.remembered("policy step", self._find_policy_step)
         self._value_function = getattr(step, "values", self.policy.predict_values)
         return step
+
+    def _find_policy_step(self) -> Callable[[Any], Any]:
+        with th.no_grad(), self._threads_for(self.n_envs):
+            return self._engine.policy_step(self.policy, self._observation_tensor())
 
     def _trains_on_tensors_of(self, env: VecEnv) -> bool:
         """Whether the environments take and give tensors of the training device."""
@@ -478,7 +498,7 @@ class PolicyGradientPlus(
     def train(self) -> None:
         """Update the policy on the rollout that was just collected."""
         started = time.perf_counter()
-        set_training_mode(self.policy, True)
+        self._set_training_mode(True)
         hp = self.hyperparameters_at(self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
         metrics = Metrics()
@@ -488,8 +508,9 @@ class PolicyGradientPlus(
                 self.update(hp, metrics)
             self.after_update(hp)
         # Threads spin for milliseconds after an operation on several, on the cores that the next rollout needs.
-        with self._threads_for(self.n_envs):
-            self._log_update(metrics)
+        if self._is_logged:
+            with self._threads_for(self.n_envs):
+                self._log_update(metrics)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
 
     def update(self, hp: H, metrics: Metrics) -> None:

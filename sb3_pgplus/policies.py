@@ -4,7 +4,7 @@ SB3's policies with observation normalisation inside, and what the algorithms ne
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,26 +71,27 @@ class RunningMoments(nn.Module):
         return th.sqrt(self.var + _EPSILON)
 
     @th.no_grad()
-    def merge(self, batch: th.Tensor) -> None:
+    def merge(self, batch: Any) -> None:
         """
         Add a batch of samples.
 
-        :param batch: ``[B, *shape]``
+        :param batch: ``[B, *shape]``, a tensor or an array
         :raises ValueError: if the samples have another shape
         """
-        mean = self.mean
+        old = Moments(*[self._buffers[name] for name in Moments._fields])  # past nn.Module.__getattr__
+        mean = old.mean
         if batch.shape[1:] != mean.shape:
             raise ValueError(f"`batch` must have shape [B, {str([*mean.shape])[1:-1]}], got {[*batch.shape]}")
-        old, new = Moments(mean, self.var, self.count), moments_of(batch)
         if mean.device.type != "cpu" or mean.dtype is not th.float64:
+            new = moments_of(th.as_tensor(batch, device=mean.device))
             for stored, merged in zip(old, merge_moments(old, new), strict=True):
                 stored.copy_(merged)
             return
         # The same arithmetic in the same memory, with a fifth of torch's overhead, and as silent.
-        old, new = (Moments(*(tensor.numpy() for tensor in moments)) for moments in (old, new))
+        old, samples = Moments(*[tensor.numpy() for tensor in old]), np.asarray(batch)
         with np.errstate(all="ignore"):
-            for stored, merged in zip(old, merge_moments(old, new), strict=True):
-                np.copyto(stored, merged)
+            for stored, merged in zip(old, merge_moments(old, moments_of(samples)), strict=True):
+                stored[...] = merged
 
 
 class ObservationNormalizer(nn.Module):
@@ -378,21 +379,32 @@ def has_stock_features(policy: BasePolicy) -> bool:
     return type(extractor) in (NatureCNN, CombinedExtractor)
 
 
-def set_training_mode(policy: BasePolicy, mode: bool) -> None:
+def set_training_mode(policy: BasePolicy, mode: bool, plain: Sequence[nn.Module] | None = None) -> None:
     """
     ``policy.set_training_mode(mode)``, the quick way where nobody has changed what that does.
 
     :param policy: any
     :param mode: True for updates, False for rollouts
+    :param plain: what :func:`plain_modules` found
+    """
+    plain = plain_modules(policy) if plain is None else plain
+    if not plain:
+        policy.set_training_mode(mode)
+    for module in plain:  # past nn.Module.__setattr__, which looks for parameters in everything
+        module.__dict__["training"] = mode
+
+
+def plain_modules(policy: BasePolicy) -> list[nn.Module]:
+    """
+    A policy's modules, itself among them, if their mode is an attribute and nothing else; otherwise none.
+
+    :param policy: any
     """
     modules = submodules(policy)
-    if _owns(policy, "set_training_mode", BasePolicy) or any(
-        [_owns(module, "train", nn.Module) or _is_scripted(module) for module in modules]
-    ):
-        policy.set_training_mode(mode)
-        return
-    for module in modules:  # past nn.Module.__setattr__, which looks for parameters in everything
-        module.__dict__["training"] = mode
+    if _owns(policy, "set_training_mode", BasePolicy):
+        return []
+    has_others = any([_owns(module, "train", nn.Module) or _is_scripted(module) for module in modules])
+    return [] if has_others else modules
 
 
 def _owns(module: nn.Module, method: str, base: type[nn.Module]) -> bool:

@@ -18,7 +18,7 @@ from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.on_policy import PolicyGradientPlus
 from sb3_pgplus.policies import critic_only_parameters, distribution_parameters, kl_old_new, set_training_mode
 from sb3_pgplus.schedules import as_schedule
-from sb3_pgplus.updates import check_minibatches, trained_parameters
+from sb3_pgplus.updates import check_minibatches
 
 
 class PPOPlus(PolicyGradientPlus[PPOHparams]):
@@ -117,7 +117,7 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             self._fit_critic(own, hp.n_critic_epochs - n_done, hp, weighted, metrics)
 
     def _loss_gradient(self, hp: PPOHparams, with_critic: bool) -> Callable[[RolloutSamples], Gradient]:
-        loss, parameters = partial(self.loss, with_critic=with_critic), trained_parameters(self.policy)
+        loss, parameters = partial(self.loss, with_critic=with_critic), self._trained_parameters()
         limits = {} if hp.target_kl is None else {"train/approx_kl": 1.5 * hp.target_kl}
         return self._gradient_of("update", loss, hp, parameters, hp.batch_size, variant=with_critic, limits=limits)
 

@@ -15,9 +15,12 @@ from sb3_pgplus.buffers import (
     RolloutEnd,
     TorchRolloutBuffer,
     cat_observations,
+    double,
+    like,
     map_observations,
     select,
     split_observations,
+    stored_array,
     stored_field,
 )
 from sb3_pgplus.core.advantages import (
@@ -132,10 +135,11 @@ class RolloutProcessing(_Base):
                 check_finite_step(arrays, None, self.num_timesteps // self.n_envs, first_env=int(index))
                 self._rollout_end.add_truncation(step, int(index), final)
 
+    @np.errstate(all="ignore")  # NaN and infinity are the guards' business; torch is silent about them, too
     def _finish_rollout(self, buffer: RolloutBuffer, hp: PolicyGradientHparams) -> None:
         """Everything between the last step of a rollout and ``on_rollout_end``."""
         self._read_device(buffer)
-        check_finite_policy(stored_field(buffer, "log_probs"), self.policy)
+        check_finite_policy(stored_array(buffer, "log_probs"), self.policy)
         self._rollout_end.last_observations = self._observation_tensor()
         self._rollout_end.last_dones = self._last_episode_starts
         # Rollout 1 was collected on raw observations. It is merged first and evaluated again, so that its update sees
@@ -192,28 +196,20 @@ class RolloutProcessing(_Base):
         """Add the rollout's discounted returns to the running statistics that scale rewards."""
         if not self._normalizes_rewards:
             return
-        rewards, starts, last, carried = (
-            th.as_tensor(values, dtype=th.float64, device=self.device)
-            for values in (
-                stored_field(buffer, "rewards"),
-                stored_field(buffer, "episode_starts"),
-                self._rollout_end.last_dones,
-                self._carried_returns,
-            )
-        )
-        dones = th.cat([starts[1:], last[None]])
-        returns = discounted_returns(rewards, dones, carried, gamma=hp.gamma)
-        self.reward_normalizer.merge(returns.flatten())
-        self._carried_returns = (returns[-1] * (1 - dones[-1])).tolist()
+        rewards, dones = (double(stored_array(buffer, name)) for name in ("rewards", "episode_starts"))
+        dones[:-1] = double(dones[1:])  # each step's end is the next one's start
+        dones[-1] = like(self._rollout_end.last_dones, dones)
+        returns = discounted_returns(rewards, dones, like(self._carried_returns, rewards), gamma=hp.gamma)
+        self.reward_normalizer.merge(returns.reshape(-1))
+        self._carried_returns = (returns[-1] * (1.0 - dones[-1])).tolist()
 
-    def _scaled_rewards(self, rewards: th.Tensor, hp: PolicyGradientHparams) -> th.Tensor:
+    def _scaled_rewards(self, rewards: Any, hp: PolicyGradientHparams) -> Any:
         """Rewards as the advantages see them: VecNormalize's formula, this rollout's statistics included."""
         if not self._normalizes_rewards:
             return rewards
-        scaled = rewards.double() / self.reward_normalizer.std().to(rewards.device)
-        if hp.clip_rewards is not None:
-            scaled = scaled.clamp(-hp.clip_rewards, hp.clip_rewards)
-        return scaled.to(rewards.dtype)
+        limit = math.inf if hp.clip_rewards is None else hp.clip_rewards
+        scaled = (double(rewards) / like(self.reward_normalizer.std(), rewards)).clip(-limit, limit)
+        return scaled.to(rewards.dtype) if isinstance(scaled, th.Tensor) else scaled.astype(rewards.dtype)
 
     # --- values and bootstraps ----------------------------------------------------------------------------------------
 
@@ -243,8 +239,8 @@ class RolloutProcessing(_Base):
 
     def _compute_advantages(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
         """Ψ and the critic's targets from what is in the buffer."""
-        rewards = self._scaled_rewards(buffer.tensor("rewards"), hp)
-        rest = (buffer.tensor(name) for name in ("values", "next_values", "dones"))
+        rewards = self._scaled_rewards(buffer.array("rewards"), hp)
+        rest = (buffer.array(name) for name in ("values", "next_values", "dones"))
         buffer.set_advantages(ESTIMATORS[hp.advantage_estimator](hp, rewards, *rest))
 
     def _advantages_in(self, buffer: RolloutBuffer) -> list[th.Tensor]:
@@ -257,6 +253,7 @@ class RolloutProcessing(_Base):
         buffer.tensor("values").copy_(values.view(buffer.buffer_size, buffer.n_envs))
         buffer.tensor("log_probs").copy_(log_probs.view(buffer.buffer_size, buffer.n_envs))
 
+    @np.errstate(all="ignore")
     def _recompute_advantages(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
         """
         Ψ and targets under today's critic (Andrychowicz et al. 2021, section 3.5). V_old, which the critic's clip
@@ -287,7 +284,7 @@ class RolloutProcessing(_Base):
         """SB3's convention for its own buffers: the reward holds γ V(s_T), the buffer computes the advantages."""
         if reevaluate:
             self._reevaluate_foreign(buffer)
-        rewards = self._scaled_rewards(th.as_tensor(buffer.rewards), hp).cpu().numpy()
+        rewards = self._scaled_rewards(buffer.rewards, hp)
         final_values = self._final_values(hp).cpu().numpy()
         for step, env, value in zip(self._rollout_end.steps, self._rollout_end.envs, final_values, strict=True):
             # In float32, as SB3 rounds it.

@@ -5,14 +5,16 @@ from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
-from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer, has_stock_sampling, stored_field
+from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer, has_stock_sampling, stored_array
 from sb3_pgplus.compiled_update import Gradient, GradientProblem, LossFunction
 from sb3_pgplus.core.advantages import normalize
 from sb3_pgplus.core.losses import clipped_value_loss, explained_variance, value_clip_fraction, value_loss
+from sb3_pgplus.core.running_stats import moments_of
 from sb3_pgplus.critics import StockCritic
 from sb3_pgplus.engine import Engine
 from sb3_pgplus.errors import HyperparameterError, NonFiniteUpdateError, warn_user
@@ -99,6 +101,9 @@ class GradientUpdates(_Base):
             self, _TRACED_METHODS, modules, loss, hp, parameters, batch_size, variant, limits or {}
         )
         return self._engine.gradient(unit, problem, partial(self._eager_gradient, loss, hp, parameters))
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        return self._engine.remembered("parameters", lambda: trained_parameters(self.policy))
 
     def _eager_gradient(self, loss: LossFunction, hp: Any, parameters: list[nn.Parameter], batch: Any) -> Gradient:
         value, diagnostics = loss(batch, hp)
@@ -210,20 +215,20 @@ class GradientUpdates(_Base):
             self._apply(Gradient(loss.detach(), clip_gradients(own, hp.max_grad_norm), diagnostics), batch)
             metrics.add(diagnostics)
 
+    @np.errstate(all="ignore")
     def _log_update(self, metrics: Metrics) -> None:
         """Write what an update collected, and what the whole rollout tells, under SB3's keys."""
         for name, value in metrics.reduce().items():
             self.logger.record(name, value)
-        buffer = self.rollout_buffer
-        values, returns, advantages = (
-            th.as_tensor(stored_field(buffer, name)) for name in ("values", "returns", "advantages")
-        )
+        names = ("values", "returns", "advantages")
+        values, returns, advantages = (stored_array(self.rollout_buffer, name) for name in names)
         self.logger.record("train/explained_variance", float(explained_variance(values, returns)))
-        std, mean = th.std_mean(advantages, correction=0)
-        self.logger.record("train/advantage_mean", float(mean))
-        self.logger.record("train/advantage_std", float(std))
-        if hasattr(self.policy, "log_std"):
-            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+        moments = moments_of(advantages.reshape(-1))
+        self.logger.record("train/advantage_mean", float(moments.mean))
+        self.logger.record("train/advantage_std", math.sqrt(moments.var))
+        log_std = getattr(self.policy, "log_std", None)
+        if log_std is not None:
+            self.logger.record("train/std", float(log_std.detach().exp().mean()))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/nonfinite_updates", self._nonfinite_updates)
 

@@ -489,3 +489,33 @@ def test_another_optimiser_is_refused_by_load_or_takes_effect(name: str, value: 
         expected = {False: th.optim.Adam, "tf_like": RMSpropTFLike}.get(value, th.optim.RMSprop)
         assert type(loaded.policy.optimizer) is expected
         assert loaded.policy.optimizer.param_groups[0]["eps"] == loaded.rms_prop_eps
+
+
+class _Rows(KVWriter):
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
+        self.rows.append(dict(key_values))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("log_interval", [1, 3, 100])
+def test_every_row_has_the_last_updates_values_whether_or_not_somebody_watches(log_interval: int) -> None:
+    """Alone, an update whose values the next one overwrites computes none; what is written is the same."""
+
+    def rows(callback: Any) -> tuple[list[Any], Any]:
+        model, writer = A2CPlus("MlpPolicy", "Pendulum-v1", n_steps=8, n_envs=2, seed=0), _Rows()
+        model.set_logger(Logger(None, [writer]))
+        model.learn(10 * 16, callback, log_interval=log_interval)
+        names = [name for name in model.logger.name_to_value if name.startswith("train/") and "seconds" not in name]
+        last = {name: model.logger.name_to_value[name] for name in names}
+        kept = [{k: v for k, v in row.items() if k.startswith("train/") and "seconds" not in k} for row in writer.rows]
+        return kept, last
+
+    alone, watched = rows(None), rows(lambda *_: True)
+    assert alone == watched
+    assert len(alone[0]) == 10 // log_interval
+    assert all("train/explained_variance" in row for row in [*alone[0][log_interval == 1 :], alone[1]])

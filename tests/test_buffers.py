@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_pgplus import PPOPlus, TorchDictRolloutBuffer, TorchRolloutBuffer, presets
 from sb3_pgplus.buffers import RolloutEnd
+from sb3_pgplus.compiled_update import _flat_batch
 
 T, N = 5, 3
 BOX = spaces.Box(-1e6, 1e6, (2,), np.float32)
@@ -443,6 +444,19 @@ def test_minibatches_of_an_incomplete_rollout_are_refused():
 
 
 # --- minibatches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_dict", [False, True])
+def test_the_whole_rollout_is_the_batch_of_everything_in_the_order_of_storage_without_a_copy(is_dict):
+    buffer = filled(TorchDictRolloutBuffer, DICT) if is_dict else filled(TorchRolloutBuffer)
+    buffer.extras = (th.as_tensor(buffer.values.T.ravel().copy()),)  # environment-major, as `flat` gives
+    whole, (batch,) = buffer.whole(), buffer.get()
+    assert th.equal(whole.old_values, buffer.tensor("values").flatten())
+    order = batch.old_values.argsort()  # the values number the samples
+    by_storage = whole.old_values.argsort()
+    for one, other in zip(_flat_batch(whole), _flat_batch(batch), strict=True):
+        assert th.equal(one[by_storage], other[order])
+    assert whole.advantages.data_ptr() == buffer.tensor("advantages").data_ptr()
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, T * N, 100, None])

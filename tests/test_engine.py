@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import cloudpickle
@@ -399,17 +400,27 @@ def test_modules_are_looked_at_in_every_iteration_where_somebody_elses_code_runs
     make: Any, callback: Any, expected: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    policy_step = Engine.policy_step
+    remembered = Engine.remembered
 
-    def observed(engine: Engine, *args: Any) -> Any:
-        seen.append(engine.is_undisturbed)
-        return policy_step(engine, *args)
+    def observed(engine: Engine, what: Any, find: Any) -> Any:
+        if what == "policy step":
+            seen.append(engine.is_undisturbed)
+        return remembered(engine, what, find)
 
-    monkeypatch.setattr(Engine, "policy_step", observed)
+    monkeypatch.setattr(Engine, "remembered", observed)
     model = make(policy="MlpPolicy", env="Pendulum-v1", **SMALL)
     model.learn(4 * ITERATION, callback)
     assert seen == expected
     assert not model._engine.is_undisturbed  # whatever comes after `learn` is looked at
+
+
+def test_what_was_remembered_is_forgotten_between_two_trainings() -> None:
+    model = A2CPlus("MlpPolicy", "Pendulum-v1", n_steps=8, n_envs=2, seed=0, compile=True).learn(160)
+    layer = model.policy.mlp_extractor.policy_net[0].weight.requires_grad_(False)
+    before = [x.clone() for x in model.policy.parameters()]
+    model.learn(160, reset_num_timesteps=False)
+    stayed = [th.equal(x, y) for x, y in zip(model.policy.parameters(), before, strict=True)]
+    assert [x is layer for x in model.policy.parameters()] == stayed
 
 
 def test_a_failed_training_leaves_nobody_undisturbed() -> None:
@@ -762,6 +773,37 @@ def test_a_function_of_torchs_that_somebody_replaced_is_found_out(
     with pytest.warns(UserWarning, match="its compiled result differed from the eager one"):
         model.learn(2 * ITERATION, reset_num_timesteps=False)  # calls 5 to 12; call 8 is compared
     assert "update: eager, its compiled result differed" in model.engine_report()
+
+
+def test_a_sample_on_the_edge_of_the_clip_does_not_end_compiling() -> None:
+    kwargs = {**PPO, "batch_size": ITERATION, "normalize_advantage": False}
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **kwargs, compile=True).learn(2 * ITERATION)
+    (version,) = model._engine._functions["update"].values()
+    hp = model.hyperparameters_at(0.5)
+    (batch,) = model.rollout_buffer.get(ITERATION)
+    # Every ratio is 1 + ε up to rounding, which decides for each sample whether the policy's loss is clipped.
+    with th.no_grad():
+        model.policy.action_net.weight.mul_(100)  # with small weights the last bits are the same
+        values, log_probs, _ = model.policy.evaluate_actions(batch.observations, batch.actions)
+    edge = batch._replace(
+        old_log_prob=log_probs - np.log1p(hp.clip_range),
+        advantages=th.ones_like(log_probs),
+        returns=values.flatten(),
+        old_values=values.flatten(),
+    )
+    version.n_calls = 2**10 - 1  # the next call is compared
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = model._loss_gradient(hp, True)(edge)
+    assert version.n_disagreements == 1
+    assert not result.is_stepped
+    found = th.cat([parameter.grad.flatten() for parameter in model.policy.parameters()])
+    model._eager_gradient(partial(model.loss, with_critic=True), hp, list(model.policy.parameters()), edge)
+    assert th.equal(found, th.cat([parameter.grad.flatten() for parameter in model.policy.parameters()]))
+    # The next minibatch is compared, too, and they agree again.
+    assert model._loss_gradient(hp, True)(batch).is_stepped
+    assert version.n_disagreements == 0
+    assert "eager" not in model.engine_report()
 
 
 def test_something_that_keeps_changing_is_not_compiled_again_and_again() -> None:

@@ -27,7 +27,8 @@ def check_floating(**tensors: th.Tensor) -> None:
     :raises TypeError: if a tensor holds integers or booleans
     """
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        is_floating = tensor.is_floating_point() if isinstance(tensor, th.Tensor) else tensor.dtype.kind == "f"
+        if not is_floating:
             raise TypeError(f"`{name}` must be a floating-point tensor, got {tensor.dtype}")
 
 

@@ -12,6 +12,7 @@ import torch as th
 from torch.nn import functional as F
 
 from sb3_pgplus.core.checks import check_same_shape
+from sb3_pgplus.core.running_stats import moments_of
 
 
 def policy_gradient(log_probs: th.Tensor, advantages: th.Tensor) -> th.Tensor:
@@ -197,13 +198,14 @@ def explained_variance(values: th.Tensor, returns: th.Tensor) -> th.Tensor:
     """
     ``1 − Var[y − V] / Var[y]``: 1 is a perfect critic, 0 no better than a constant, below 0 worse than that.
 
-    :param values: V, any shape
+    :param values: V, any shape, a tensor or an array
     :param returns: y, same shape
     :return: scalar; NaN where the returns do not vary
     :raises ValueError: on different shapes
     """
     check_same_shape(values=values, returns=returns)
-    explained = 1 - (returns - values).var(correction=0) / returns.var(correction=0)
-    # Equality of the extremes, since rounding leaves a tiny variance in constant float32 returns.
-    smallest, largest = returns.aminmax()
-    return explained.masked_fill(smallest == largest, th.nan)
+    # Equality of the extremes, since rounding leaves a tiny variance in constant returns.
+    if bool(returns.max() == returns.min()):
+        return th.tensor(th.nan)
+    unexplained, total = (moments_of(x.reshape(-1)).var for x in (returns - values, returns))
+    return th.as_tensor(1.0 - unexplained / total)

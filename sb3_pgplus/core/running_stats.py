@@ -6,6 +6,7 @@ Reference: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm 
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch as th
 
 
@@ -20,13 +21,17 @@ class Moments(NamedTuple):
     count: Any  # `tuple.count` is not needed here
 
 
-def moments_of(batch: th.Tensor) -> Moments:
+def moments_of(batch: Any) -> Moments:
     """
     Moments of a batch along its first dimension, in float64.
 
-    :param batch: ``[B, ...]``
+    :param batch: ``[B, ...]``, a tensor, or an array, which is quicker where it is small
     :return: mean and population variance ``[...]``, count ``[]``
     """
+    if isinstance(batch, np.ndarray):
+        samples, n = batch.astype(np.float64, copy=False), len(batch)
+        mean = np.add.reduce(samples, 0) / n
+        return Moments(mean, np.add.reduce((samples - mean) ** 2, 0) / n, float(n))
     var, mean = th.var_mean(batch.to(th.float64), dim=0, correction=0)
     return Moments(mean, var, mean.new_tensor(float(len(batch))))
 

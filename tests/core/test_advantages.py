@@ -410,6 +410,34 @@ def test_fast_path_has_no_loop_over_the_steps(name: str) -> None:
     assert counter.count < 2048 / 4
 
 
+@pytest.mark.parametrize("n_steps", [1, 2, 64, 65, 200])  # one after the other up to 64, by halves from there on
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_numpy_arrays_give_the_numbers_of_tensors(name: str, dtype: torch.dtype, n_steps: int) -> None:
+    rollout = random_rollout(0, n_steps, 3, dtype=dtype)
+    before = [x.clone() for x in rollout]
+    result: Any = ESTIMATORS[name](*(x.numpy() for x in rollout))  # type: ignore[arg-type]
+    assert isinstance(result, np.ndarray)
+    torch.testing.assert_close(torch.from_numpy(result), ESTIMATORS[name](*rollout))
+    assert all(torch.equal(x, y) for x, y in zip(rollout, before, strict=True))
+
+
+@pytest.mark.parametrize("n_steps", [1, 5, 64, 65])
+def test_discounted_returns_of_numpy_arrays_are_those_of_tensors(n_steps: int) -> None:
+    rewards, _, _, dones = random_rollout(0, n_steps, 3)
+    initial = torch.tensor([1.0, -2.0, 0.0], dtype=F64)
+    arrays: Any = (rewards.numpy(), dones.numpy(), initial.numpy())
+    result: Any = discounted_returns(*arrays, gamma=0.9)
+    assert isinstance(result, np.ndarray)
+    torch.testing.assert_close(torch.from_numpy(result), discounted_returns(rewards, dones, initial, gamma=0.9))
+
+
+def test_integer_arrays_raise() -> None:
+    integers: Any = np.zeros((3, 2), dtype=np.int64)
+    with pytest.raises(TypeError, match="`rewards` must be a floating-point tensor"):
+        td_errors(integers, integers, integers, gamma=0.9)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # SB3's rollout buffer as oracle, bit for bit
 
