@@ -271,7 +271,7 @@ def main() -> None:
     args = parse_arguments()
     th.set_num_threads(1)
     env = make_vec_env(args.env, n_envs=8, seed=args.seed)
-    model = PPOPlus("MlpPolicy", env, n_steps=256, gamma=args.gamma, seed=args.seed, device="cpu")
+    model = PPOPlus("MlpPolicy", env, n_steps=256, gamma=args.gamma, gae_lambda=0.95, seed=args.seed, device="cpu")
     model.learn(args.timesteps, progress_bar=True)
     env.close()
     model.policy.set_training_mode(False)

@@ -311,6 +311,7 @@ class A2CHparams(ActorCriticHparams):
 class PPOHparams(MinibatchHparams, ActorCriticHparams):
     """Hyperparameters of PPOPlus. The defaults switch on all tricks of the lecture and two beyond it."""
 
+    gae_lambda: float = _number(0.9, "λ of GAE: bias (0) against variance (1).", minimum=0, maximum=1)
     n_epochs: int = _integer(10, "Passes over each rollout.", minimum=1)
     clip_range: float | None = _scheduled(
         "lin_0.2", "ε of the ratio clip; None: no clip.", minimum=0, exclusive_minimum=True, optional=True

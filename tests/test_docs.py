@@ -212,11 +212,11 @@ def test_the_readme_lists_the_presets() -> None:
     assert {row[0].strip("`") for row in rows_of(README, "Preset", "What it is")} == public
 
 
-def test_the_lecture_preset_is_the_defaults_but_for_the_two_beyond_the_lecture() -> None:
+def test_the_lecture_preset_is_the_defaults_but_for_lambda_and_the_two_beyond_the_lecture() -> None:
     defaults = PPOHparams.defaults()
     different = {name: value for name, value in presets.LECTURE.items() if value != defaults[name]}
     written_out = {"ortho_init": True, "activation_fn": "tanh", "adam_eps": 1e-5}  # None: the policy's, the same
-    assert different == {**written_out, "log_std_init": None, "recompute_advantages": False}
+    assert different == {**written_out, "gae_lambda": 0.95, "log_std_init": None, "recompute_advantages": False}
 
 
 def test_both_pages_show_the_same_table_of_spaces() -> None:

@@ -13,7 +13,6 @@ References: GAE is "High-Dimensional Continuous Control Using Generalized Advant
 (Schulman et al. 2016, https://arxiv.org/abs/1506.02438).
 """
 
-import numpy as np
 import torch as th
 
 from sb3_pgplus.core.checks import check_floating, check_same_shape, check_unit_interval
@@ -203,7 +202,7 @@ def reverse_scan(decay: th.Tensor, inputs: th.Tensor) -> th.Tensor:
     n_steps = len(inputs)
     if _is_short(inputs):
         return _backward_loop(decay, inputs)
-    if isinstance(inputs, np.ndarray):
+    if not isinstance(inputs, th.Tensor):
         return reverse_scan(th.from_numpy(decay), th.from_numpy(inputs)).numpy()
     if n_steps % 2:
         # A pair is missing its second half; with b = c = 0 there it changes nothing.

@@ -6,7 +6,6 @@ Reference: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm 
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch as th
 
 
@@ -28,10 +27,10 @@ def moments_of(batch: Any) -> Moments:
     :param batch: ``[B, ...]``, a tensor, or an array, which is quicker where it is small
     :return: mean and population variance ``[...]``, count ``[]``
     """
-    if isinstance(batch, np.ndarray):
-        samples, n = batch.astype(np.float64, copy=False), len(batch)
-        mean = np.add.reduce(samples, 0) / n
-        return Moments(mean, np.add.reduce((samples - mean) ** 2, 0) / n, float(n))
+    if not isinstance(batch, th.Tensor):
+        samples, n = batch.astype("float64", copy=False), len(batch)
+        mean = samples.sum(0) / n
+        return Moments(mean, ((samples - mean) ** 2).sum(0) / n, float(n))
     var, mean = th.var_mean(batch.to(th.float64), dim=0, correction=0)
     return Moments(mean, var, mean.new_tensor(float(len(batch))))
 
