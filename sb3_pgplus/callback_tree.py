@@ -37,6 +37,15 @@ def is_known(callback: Any) -> bool:
     )
 
 
+def is_nobody(callback: BaseCallback) -> bool:
+    """
+    Whether ``learn`` was given no callback, which SB3 wraps, too.
+
+    :param callback: SB3's object of it
+    """
+    return type(callback) is ConvertCallback and callback.callback is None
+
+
 def tell_failure(callback: Any, error: BaseException) -> None:
     """
     Call ``on_training_failure(error)`` of the callbacks that have it: ``on_training_end`` is for those that ended well.

@@ -170,14 +170,18 @@ class Engine:
         """
         if unit not in self._wanted:
             return eager
-        known = self._inspect(problem.modules)
-        reason = known.refusal or foreign_method(problem.owner, problem.methods, PACKAGE)
-        if has_own_zero_grad(problem.owner.policy.optimizer):  # it may add up gradients, and looking costs one
-            reason = "the optimiser has a zero_grad of its own"
+        known, reason = self.remembered((unit, problem.methods), lambda: self._examine(problem))
         if reason is not None:
             self._reasons[unit] = reason
             return eager
         return CompiledUpdate(self, unit, problem, known, eager)
+
+    def _examine(self, problem: GradientProblem) -> tuple[Known, str | None]:
+        """What is known about the modules of a loss, and why its gradient must not be compiled."""
+        known = self._inspect(problem.modules)
+        if has_own_zero_grad(problem.owner.policy.optimizer):  # it may add up gradients, and looking costs one
+            return known, "the optimiser has a zero_grad of its own"
+        return known, known.refusal or foreign_method(problem.owner, problem.methods, PACKAGE)
 
     def _inspect(self, modules: dict[str, nn.Module]) -> Known:
         """What is known about some modules, the policy among them, in the state in which they are now."""
@@ -331,6 +335,7 @@ class Engine:
         warn_user(f"{unit}: {reason}. Something that it depends on is not a tensor of the policy or the batch.")
 
 
+@th.no_grad()
 def _eager_step(policy: Any, observations: Any) -> Any:
     with without_distribution_checks():  # NaN is found in the log-probabilities
         try:

@@ -247,7 +247,7 @@ class PolicyGradientHparams:
         schedules = [n for n in self.scheduled_names() if not isinstance(values[n], _CONSTANTS)]
         moved = {n: specs[n].check(n, values[n], progress_remaining) for n in schedules}
         later = object.__new__(type(self))  # past the constructor, which a frozen dataclass makes slow
-        later.__dict__.update({f.name: self.__dict__[f.name] for f in fields(self)}, **moved)
+        later.__dict__.update({name: self.__dict__[name] for name in specs}, **moved)
         if hasattr(later, "__post_init__"):
             later.__post_init__()
         return later

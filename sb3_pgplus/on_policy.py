@@ -15,7 +15,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import (
@@ -30,7 +30,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_pgplus.buffers import RolloutEnd, TorchRolloutBuffer
 from sb3_pgplus.building import ModelBuilding, normalized_outside
-from sb3_pgplus.callback_tree import is_known, tell_failure, tell_return
+from sb3_pgplus.callback_tree import is_known, is_nobody, tell_failure, tell_return
 from sb3_pgplus.construction import PLUMBING, bind, signature_of
 from sb3_pgplus.engine import Engine
 from sb3_pgplus.errors import HyperparameterError, warn_user
@@ -273,8 +273,7 @@ class PolicyGradientPlus(
         assert self.env is not None
         listeners = between_iterations(callback)
         first, ours_alone = iteration, self._runs_ours_alone(callback)
-        alone = ours_alone and isinstance(callback, ConvertCallback) and callback.callback is None
-        alone = alone and type(self.logger) is Logger
+        alone = ours_alone and is_nobody(callback) and type(self.logger) is Logger
         while self._may_go_on(listeners, callback) and self.num_timesteps < total_timesteps:
             if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
                 break
@@ -397,13 +396,13 @@ class PolicyGradientPlus(
         on_device = self._trains_on_tensors_of(env)
         to_environment = self._action_converter(on_device)
         policy_step, limited = self._policy_step(), self._threads_for(env.num_envs)
-        policy, watched = self.policy, not is_known(callback)
+        policy, watched, heard = self.policy, not is_known(callback), not is_nobody(callback)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
-            with th.no_grad(), limited:
-                obs_tensor = self._observation_tensor()
+            obs_tensor = self._observation_tensor()
+            with limited:
                 actions, values, log_probs = policy_step(obs_tensor)
             if not on_device:
                 actions = actions.cpu().numpy()
@@ -414,7 +413,8 @@ class PolicyGradientPlus(
                 check_finite_step(new_obs, rewards, self.num_timesteps // env.num_envs, policy=self.policy)
 
             # Callbacks read these local variables under SB3's names.
-            callback.update_locals(locals())
+            if heard:
+                callback.update_locals(locals())
             if not callback.on_step():
                 self._value_function = self.policy.predict_values
                 return False

@@ -121,37 +121,47 @@ def make(
     queue = missing(runs, folder, protocol, replace=replace)
     _forget_failures([run for run in runs if run not in queue], folder)
     estimates = Estimates.of(runs, folder)
+    with Display(console or Console(quiet=True), runs, queue, jobs, estimates, show=progress) as display:
+        found, failed = _train(deque(queue), folder, jobs, protocol, display)
+    return Outcome(len(queue) - failed - found, len(runs) - len(queue) + found, failed)
+
+
+def _train(waiting: deque[Run], folder: Path, jobs: int, protocol: Protocol, display: Display) -> tuple[int, int]:
+    """
+    Make runs side by side until none is left.
+
+    :return: how many another process made meanwhile, and how many failed
+    """
     made_with = {"code": store.code(), "machine": store.machine(), "jobs": jobs}
     active: dict[Any, _Active] = {}
-    waiting, failed, found = deque(queue), 0, 0
-    with Display(console or Console(quiet=True), runs, queue, jobs, estimates, show=progress) as display:
-        try:
-            while waiting or active:
-                while len(active) < jobs and (taken := _take(waiting, folder)):
-                    run, claim = taken
-                    if _is_there(run, folder, protocol):  # another process made it meanwhile
-                        claim.close()
-                        found += 1
-                        display.skipped()
-                        continue
-                    started = _start(run, folder, protocol, made_with)
-                    started.claim = claim
-                    active[started.child.connection] = started
-                    display.began(started)
-                display.others_make(waiting if len(active) < jobs else ())
-                for ready in wait(list(active), timeout=POLL_SECONDS):
-                    ended = _hear(active[ready])
-                    if ended is not None:
-                        gone = active.pop(ready)
-                        ended = _finish(gone, ended, folder, protocol)
-                        failed += bool(ended.error)
-                        display.ended(gone, ended)
-                display.refresh(waiting, active.values())
-        finally:
-            for unfinished in active.values():
-                unfinished.child.end(terminate=True)
-                unfinished.claim.close()
-    return Outcome(len(queue) - failed - found, len(runs) - len(queue) + found, failed)
+    found = failed = 0
+    try:
+        while waiting or active:
+            while len(active) < jobs and (taken := _take(waiting, folder)):
+                run, claim = taken
+                if _is_there(run, folder, protocol):
+                    claim.close()
+                    found += 1
+                    display.skipped()
+                    continue
+                started = _start(run, folder, protocol, made_with)
+                started.claim = claim
+                active[started.child.connection] = started
+                display.began(started)
+            display.others_make(waiting if len(active) < jobs else ())
+            for ready in wait(list(active), timeout=POLL_SECONDS):
+                ended = _hear(active[ready])
+                if ended is not None:
+                    gone = active.pop(ready)
+                    ended = _finish(gone, ended, folder, protocol)
+                    failed += bool(ended.error)
+                    display.ended(gone, ended)
+            display.refresh(waiting, active.values())
+    finally:
+        for unfinished in active.values():
+            unfinished.child.end(terminate=True)
+            unfinished.claim.close()
+    return found, failed
 
 
 def _take(waiting: deque[Run], folder: Path) -> tuple[Run, ExitStack] | None:
