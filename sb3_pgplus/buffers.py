@@ -160,15 +160,16 @@ class TorchRolloutBuffer(RolloutBuffer):
             return self._allocate_observations(self._zero_observations())
         return self._storage[name]
 
-    def array(self, name: str) -> Any:
+    @property
+    def arrays(self) -> dict[str, Any]:
         """
-        A stored field for arithmetic on it: NumPy's view where it lies on the CPU, which is several times as quick for
-        a short rollout, and the tensor where it does not.
-
-        :param name: as for :meth:`tensor`, but no observations
+        Name → stored field for arithmetic on it: NumPy's view where it lies on the CPU, which is several times as quick
+        for a short rollout, and the tensor where it does not. Observations may be missing.
         """
-        tensor = self.tensor(name)
-        return tensor if self._rows is None else self._rows[name]
+        if self._storage is None:
+            self._allocate()
+        assert self._storage is not None
+        return self._storage if self._rows is None else self._rows
 
     def add(
         self,
@@ -227,12 +228,13 @@ class TorchRolloutBuffer(RolloutBuffer):
         :param end: the steps that a time limit cut
         :param final_values: V of their final observations, ``[K]``
         """
-        next_values, ends = self.array("next_values"), self.array("dones")
+        stored = self.arrays
+        next_values, ends = stored["next_values"], stored["dones"]
         if self._rows is not None:
             last_values, final_values = last_values.numpy(), final_values.numpy()
-        ends[:-1] = self.array("episode_starts")[1:]
+        ends[:-1] = stored["episode_starts"][1:]
         ends[-1] = dones if self._rows is not None else as_tensor(dones)
-        next_values[:-1] = self.array("values")[1:]
+        next_values[:-1] = stored["values"][1:]
         next_values[-1] = last_values.reshape(-1)
         next_values *= 1.0 - ends
         if end.steps:
@@ -246,18 +248,18 @@ class TorchRolloutBuffer(RolloutBuffer):
         :param dones: whether the last step ended an episode, ``[N]``
         """
         self.set_bootstraps(last_values, dones, RolloutEnd(), last_values.new_zeros(0))
-        fields = (self.array(name) for name in ("rewards", "values", "next_values", "dones"))
+        fields = (self.arrays[name] for name in ("rewards", "values", "next_values", "dones"))
         self.set_advantages(gae(*fields, gamma=self.gamma, gae_lambda=self.gae_lambda))
 
     def set_advantages(self, advantages: Any) -> None:
         """
         Store advantages Ψ, ``[T, N]``, and with them the critic's targets ``Ψ + V``.
 
-        :param advantages: ``[T, N]``, of the kind that :meth:`array` gives
+        :param advantages: ``[T, N]``, of the kind that :attr:`arrays` has
         """
-        stored = self.array("advantages")
-        stored[:] = advantages
-        self.array("returns")[:] = stored + self.array("values")
+        stored = self.arrays
+        stored["advantages"][:] = advantages
+        stored["returns"][:] = stored["advantages"] + stored["values"]
 
     def flat(self, name: str) -> Any:
         """
@@ -441,12 +443,12 @@ def stored_field(buffer: RolloutBuffer, name: str) -> Any:
 
 def stored_array(buffer: RolloutBuffer, name: str) -> Any:
     """
-    :func:`stored_field` for arithmetic on it: see :meth:`TorchRolloutBuffer.array`.
+    :func:`stored_field` for arithmetic on it: see :attr:`TorchRolloutBuffer.arrays`.
 
     :param buffer: either
     :param name: of the field
     """
-    return buffer.array(name) if isinstance(buffer, TorchRolloutBuffer) else getattr(buffer, name)
+    return buffer.arrays[name] if isinstance(buffer, TorchRolloutBuffer) else getattr(buffer, name)
 
 
 def double(x: Any) -> Any:

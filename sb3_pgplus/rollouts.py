@@ -207,9 +207,10 @@ class RolloutProcessing(_Base):
         """Rewards as the advantages see them: VecNormalize's formula, this rollout's statistics included."""
         if not self._normalizes_rewards:
             return rewards
-        limit = math.inf if hp.clip_rewards is None else hp.clip_rewards
-        scaled = (double(rewards) / like(self.reward_normalizer.std(), rewards)).clip(-limit, limit)
-        return scaled.to(rewards.dtype) if isinstance(scaled, th.Tensor) else scaled.astype(rewards.dtype)
+        limit, std = math.inf if hp.clip_rewards is None else hp.clip_rewards, self.reward_normalizer.std()
+        if isinstance(rewards, th.Tensor):
+            return (rewards.double() / std).clamp(-limit, limit).to(rewards.dtype)
+        return np.minimum(np.maximum(double(rewards) / float(std), -limit), limit).astype(rewards.dtype)
 
     # --- values and bootstraps ----------------------------------------------------------------------------------------
 
@@ -239,8 +240,9 @@ class RolloutProcessing(_Base):
 
     def _compute_advantages(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
         """Ψ and the critic's targets from what is in the buffer."""
-        rewards = self._scaled_rewards(buffer.array("rewards"), hp)
-        rest = (buffer.array(name) for name in ("values", "next_values", "dones"))
+        stored = buffer.arrays
+        rewards = self._scaled_rewards(stored["rewards"], hp)
+        rest = (stored[name] for name in ("values", "next_values", "dones"))
         buffer.set_advantages(ESTIMATORS[hp.advantage_estimator](hp, rewards, *rest))
 
     def _advantages_in(self, buffer: RolloutBuffer) -> list[th.Tensor]:

@@ -49,5 +49,5 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     count = a.count + b.count
     delta = b.mean - a.mean
     mean = a.mean + delta * b.count / count
-    squares = a.var * a.count + b.var * b.count + delta**2 * a.count * b.count / count
+    squares = a.var * a.count + b.var * b.count + delta * delta * a.count * b.count / count
     return Moments(mean, squares / count, count)
