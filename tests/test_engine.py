@@ -24,7 +24,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtr
 from torch import nn
 
 from sb3_pgplus import A2CPlus, PPOPlus, TorchRolloutBuffer, TRPOPlus, presets, updates
-from sb3_pgplus.compiled_update import clip_by_norm
+from sb3_pgplus.compiled_update import CompiledUpdate, clip_by_norm
 from sb3_pgplus.compiler import Compiled, UntraceableError, compile_function, compile_in_two
 from sb3_pgplus.core import losses
 from sb3_pgplus.engine import COSTS, Engine
@@ -804,6 +804,31 @@ def test_a_sample_on_the_edge_of_the_clip_does_not_end_compiling() -> None:
     assert model._loss_gradient(hp, True)(batch).is_stepped
     assert version.n_disagreements == 0
     assert "eager" not in model.engine_report()
+
+
+def test_a_critic_that_fits_to_the_last_digits_does_not_end_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    kwargs = {**PPO, "batch_size": ITERATION, "normalize_advantage": False, "clip_range_vf": None}
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **kwargs, compile=True).learn(2 * ITERATION)
+    (version,) = model._engine._functions["update"].values()
+    hp, (batch,) = model.hyperparameters_at(0.5), model.rollout_buffer.get(ITERATION)
+    with th.no_grad():  # float32 knows values around 100 up to 8e-6, and the returns are within 1e-3 of them
+        model.policy.value_net.bias.fill_(100.0)
+        values = model.policy.predict_values(batch.observations).flatten()
+    returns = values + 1e-3 * th.linspace(-1, 1, ITERATION)
+    fitted = batch._replace(advantages=th.zeros(ITERATION), returns=returns, old_values=values)
+    compared: list[bool] = []
+    is_rounding = CompiledUpdate._is_rounding
+    monkeypatch.setattr(
+        CompiledUpdate, "_is_rounding", lambda *args: compared.append(is_rounding(*args)) or compared[-1]
+    )
+    version.n_calls = 2**10 - 1  # the next is compared
+    before = [parameter.detach().clone() for parameter in model.policy.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not model._loss_gradient(hp, True)(fitted).is_stepped  # the gradient is the eager one
+    assert compared == [True]
+    assert version.n_disagreements == 0
+    assert all(map(th.equal, model.policy.parameters(), before))
 
 
 def test_something_that_keeps_changing_is_not_compiled_again_and_again() -> None:
