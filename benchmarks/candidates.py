@@ -5,8 +5,8 @@ How the hyperparameters of zoo_configs were chosen: candidates against each othe
     python benchmarks/candidates.py benchmarks/candidates/ppoplus.yml --only baseline,no_value_clip --table
 
 A file names an algorithm, tasks, seeds and steps, a base, and its candidates: what each changes in the base. What
-neither names has the constructor's default, so a candidate stays what it was when zoo_configs changes. Finished runs
-are kept; a stopped command continues.
+neither names has the constructor's default, so a candidate stays what it was when zoo_configs changes; if a default
+changes, the base has to name the old one. Finished runs are kept; a stopped command continues.
 """
 
 from __future__ import annotations

@@ -195,9 +195,8 @@ class TorchRolloutBuffer(RolloutBuffer):
             self._allocate()
         assert self._storage is not None
         if "observations" not in self._storage:
-            stored = self._storage["observations"] = self._allocate_observations(obs)
-            if self._rows is not None and isinstance(stored, th.Tensor):
-                self._rows["observations"] = stored.numpy()
+            self._storage["observations"] = self._allocate_observations(obs)
+            self._view_storage()
         self._write_observations(obs)
         self._write_row("actions", action)
         self._write_row("rewards", reward)
@@ -219,6 +218,14 @@ class TorchRolloutBuffer(RolloutBuffer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}  # a copy's views would still be the original's
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._view_storage()
+
+    def _view_storage(self) -> None:
+        if self._storage is not None and th.device(self.device).type == "cpu":
+            self._rows = {name: x.numpy() for name, x in self._storage.items() if isinstance(x, th.Tensor)}
+
     def set_bootstraps(self, last_values: Any, dones: Any, end: RolloutEnd, final_values: Any) -> None:
         """
         Fill in what each step bootstraps from and where episodes ended.
@@ -231,7 +238,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         stored = self.arrays
         next_values, ends = stored["next_values"], stored["dones"]
         if self._rows is not None:
-            last_values, final_values = last_values.numpy(), final_values.numpy()
+            last_values, final_values = (values.detach().float().numpy() for values in (last_values, final_values))
         ends[:-1] = stored["episode_starts"][1:]
         ends[-1] = dones if self._rows is not None else as_tensor(dones)
         next_values[:-1] = stored["values"][1:]
@@ -240,6 +247,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         if end.steps:
             next_values[end.steps, end.envs] = final_values.reshape(-1)
 
+    @np.errstate(all="ignore")  # as silent as torch
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray[Any, Any]) -> None:
         """
         SB3's post-processing step: GAE, with every done treated as a termination.
@@ -333,8 +341,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         action_dtype = th.int64 if integer_actions else th.float32
         self._storage = {name: th.zeros(size, device=self.device) for name in _SCALAR_FIELDS}
         self._storage["actions"] = th.zeros((*size, self.action_dim), dtype=action_dtype, device=self.device)
-        if th.device(self.device).type == "cpu":
-            self._rows = {name: tensor.numpy() for name, tensor in self._storage.items()}
+        self._view_storage()
 
     def _allocate_observations(self, obs: Any) -> Any:
         return self._zeros_like(obs, self.obs_shape)

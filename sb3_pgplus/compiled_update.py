@@ -177,7 +177,8 @@ class CompiledUpdate:
         is_uniform = is_stock and type(buffer) in _BUFFERS and has_stock_sampling(buffer)
         left_out = _OUTSIDE_LOSSES.union(self._scheduled)
         constants = tuple([value for name, value in problem.hp.__dict__.items() if name not in left_out])
-        trained = tuple([id(tensor) in trained_ids for tensor in self._values])
+        # An optimiser may have more parameters than the modules.
+        trained = (len(self._trained), *(id(tensor) in trained_ids for tensor in self._values))
         key = (problem.variant, constants, self._known.number, shapes(flat), trained, tuple(problem.limits))
         return is_stock, None if is_uniform else shapes(flat), key
 

@@ -44,11 +44,12 @@ from sb3_pgplus.policies import (
     has_stock_features,
     plain_modules,
     set_training_mode,
+    submodules,
 )
 from sb3_pgplus.resuming import Resuming
 from sb3_pgplus.rollouts import RolloutProcessing
 from sb3_pgplus.schedules import as_schedule, describe_schedule, is_constant
-from sb3_pgplus.tracing import foreign_methods
+from sb3_pgplus.tracing import foreign_methods, is_known_class
 from sb3_pgplus.training_state import ActsBetweenIterations, between_iterations
 from sb3_pgplus.updates import GradientUpdates
 from sb3_pgplus.vec_env.make import make_vec_env
@@ -247,6 +248,8 @@ class PolicyGradientPlus(
         try:
             self._iterate(steps, callback, log_interval, name, reset_num_timesteps, progress_bar)
         except BaseException as error:
+            if self._unlogged is not None:
+                self._log_update(*self._unlogged)
             tell_failure(callback, error)
             raise
         finally:
@@ -290,7 +293,12 @@ class PolicyGradientPlus(
         callback.on_training_end()
 
     def _runs_ours_alone(self, callback: BaseCallback) -> bool:
-        """Whether the training runs nobody's code but this package's, SB3's and the environments'."""
+        """Whether the training runs nobody's code but this package's, torch's, SB3's and the environments'."""
+        kinds = [type(part) for part in (*submodules(self.policy), self.policy.optimizer)]
+        schedules = [self.__dict__[name] for name in self.hparams_class.scheduled_names()]
+        kinds += [type(schedule) for schedule in schedules if callable(schedule)]
+        if not all(map(is_known_class, kinds)):
+            return False
         return is_known(callback) and not foreign_methods(self, PolicyGradientPlus, __name__.partition(".")[0])
 
     def _may_go_on(self, listeners: list[ActsBetweenIterations], callback: BaseCallback) -> bool:
@@ -511,6 +519,8 @@ class PolicyGradientPlus(
         if self._is_logged:
             with self._threads_for(self.n_envs):
                 self._log_update(metrics)
+        else:
+            self._keep_for_log(metrics)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
 
     def update(self, hp: H, metrics: Metrics) -> None:

@@ -67,6 +67,8 @@ class Persistence(_Base):
             "_engine",
             "_observations_merged",
             "_advantages_replaced",
+            "_is_logged",
+            "_unlogged",
             "_lr_schedule_source",
             "_warned_short_learns",
             "_resolved",

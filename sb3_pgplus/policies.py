@@ -88,10 +88,11 @@ class RunningMoments(nn.Module):
                 stored.copy_(merged)
             return
         # The same arithmetic in the same memory, with a fifth of torch's overhead, and as silent.
+        samples = batch.detach().double().numpy() if isinstance(batch, th.Tensor) else batch
         arrays = [tensor.numpy() for tensor in old]
         old = Moments(*(arrays if mean.ndim else [float(array) for array in arrays]))  # numbers are quicker still
         with np.errstate(all="ignore"):
-            for stored, merged in zip(arrays, merge_moments(old, moments_of(np.asarray(batch))), strict=True):
+            for stored, merged in zip(arrays, merge_moments(old, moments_of(samples)), strict=True):
                 stored[...] = merged
 
 

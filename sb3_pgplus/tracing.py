@@ -174,6 +174,15 @@ def foreign_method(owner: object, names: Iterable[str], package: str) -> str | N
     return None
 
 
+def is_known_class(kind: type) -> bool:
+    """
+    Whether a class is torch's, SB3's or this package's.
+
+    :param kind: the class; of a policy with normalised observations, what that was made of counts
+    """
+    return getattr(kind, "policy_class", kind).__module__.partition(".")[0] in _KNOWN_PACKAGES
+
+
 def foreign_methods(owner: object, base: type, package: str) -> bool:
     """
     Look for any method below a base class that is not the package's own, in the object as well.

@@ -10,7 +10,7 @@ import torch as th
 from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
-from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer, has_stock_sampling, stored_array
+from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer, double, has_stock_sampling, stored_array
 from sb3_pgplus.compiled_update import Gradient, GradientProblem, LossFunction
 from sb3_pgplus.core.advantages import normalize
 from sb3_pgplus.core.losses import clipped_value_loss, explained_variance, value_clip_fraction, value_loss
@@ -38,6 +38,10 @@ CriticLoss = Callable[[th.Tensor, Any, Any], tuple[th.Tensor, dict[str, th.Tenso
 _TRACED_METHODS = ("loss", "policy_loss", "_evaluate_batch", "_critic_loss", "_policy_actions", "_normalized")
 
 
+#: What is told about a rollout.
+_LOGGED_FIELDS = ("values", "returns", "advantages")
+
+
 class BatchOutputs(NamedTuple):
     """What a loss is made of: the policy's outputs on a minibatch of B samples, and its advantages; each ``[B]``."""
 
@@ -55,6 +59,8 @@ class GradientUpdates(_Base):
     _engine: Engine
     _nonfinite_updates: int
     _nonfinite_in_a_row: int
+    #: Metrics and fields of the last update, if they are not logged.
+    _unlogged: tuple[Metrics, list[Any]] | None = None
 
     def _policy_actions(self, actions: th.Tensor) -> th.Tensor:
         raise NotImplementedError
@@ -215,13 +221,23 @@ class GradientUpdates(_Base):
             self._apply(Gradient(loss.detach(), clip_gradients(own, hp.max_grad_norm), diagnostics), batch)
             metrics.add(diagnostics)
 
+    def _keep_for_log(self, metrics: Metrics) -> None:
+        """Keep what :meth:`_log_update` needs, in case that no other update follows."""
+        self._unlogged = metrics, [double(stored_array(self.rollout_buffer, name)) for name in _LOGGED_FIELDS]
+
     @np.errstate(all="ignore")
-    def _log_update(self, metrics: Metrics) -> None:
-        """Write what an update collected, and what the whole rollout tells, under SB3's keys."""
+    def _log_update(self, metrics: Metrics, fields: list[Any] | None = None) -> None:
+        """
+        Write what an update collected, and what the whole rollout tells, under SB3's keys.
+
+        :param metrics: of the update
+        :param fields: what to take for the rollout's ``_LOGGED_FIELDS``
+        """
+        self._unlogged = None
         for name, value in metrics.reduce().items():
             self.logger.record(name, value)
-        names = ("values", "returns", "advantages")
-        values, returns, advantages = (stored_array(self.rollout_buffer, name) for name in names)
+        fields = fields or [stored_array(self.rollout_buffer, name) for name in _LOGGED_FIELDS]
+        values, returns, advantages = fields
         self.logger.record("train/explained_variance", float(explained_variance(values, returns)))
         moments = moments_of(advantages.reshape(-1))
         self.logger.record("train/advantage_mean", float(moments.mean))

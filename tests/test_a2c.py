@@ -5,6 +5,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -519,3 +520,39 @@ def test_every_row_has_the_last_updates_values_whether_or_not_somebody_watches(l
     assert alone == watched
     assert len(alone[0]) == 10 // log_interval
     assert all("train/explained_variance" in row for row in [*alone[0][log_interval == 1 :], alone[1]])
+
+
+class _Stopped(gym.Wrapper[Any, Any, Any, Any]):
+    steps = 0
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        if self.steps == 43:
+            raise KeyboardInterrupt
+        return super().step(action)
+
+
+def test_after_ctrl_c_the_last_update_is_logged_whether_or_not_somebody_watches() -> None:
+    def row(callback: Any) -> dict[str, Any]:
+        model, writer = A2CPlus("MlpPolicy", _Stopped(gym.make("Pendulum-v1")), n_steps=8, seed=0), _Rows()
+        model.set_logger(Logger(None, [writer]))
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(1000, callback)
+        model.logger.dump()
+        (only,) = writer.rows
+        return {name: value for name, value in only.items() if name.startswith("train/") and "seconds" not in name}
+
+    alone, watched = row(None), row(lambda *_: True)
+    assert alone.keys() == watched.keys()
+    assert alone == pytest.approx(watched, rel=1e-6)
+    assert "train/explained_variance" in alone
+
+
+@pytest.mark.parametrize("n_steps", [5, 16, 100])
+def test_a_copied_model_trains_on_bit_for_bit(n_steps: int) -> None:
+    model = A2CPlus("MlpPolicy", "Pendulum-v1", n_steps=n_steps, n_envs=2, seed=0).learn(4 * n_steps)
+    copied = cloudpickle.loads(cloudpickle.dumps(model))
+    for one in (model, copied):
+        one.set_random_seed(1)
+        one.learn(8 * n_steps)
+    assert all(map(th.equal, model.policy.parameters(), copied.policy.parameters()))

@@ -253,7 +253,7 @@ def test_the_ablation_has_every_file_and_the_suites_rollouts() -> None:
     assert sizes == {(n_envs, 2048 // n_envs)}
     assert [r.variant.name for r in runs[:6]] == ["ppoplus", *suites.PAPER]
     # All tricks are on where one at a time is taken away, whatever the suite's set switches off.
-    assert runs[0].settings.hyperparameters == {"n_steps": 2048 // n_envs}
+    assert runs[0].settings.hyperparameters == {"n_steps": 2048 // n_envs, "gae_lambda": 0.95}
     assert {r.env for r in plan("ablation", envs=["Humanoid-v5"])} == {"Humanoid-v5"}
 
 

@@ -656,3 +656,17 @@ def test_a_subclass_of_our_buffer_may_use_every_option():
         "MlpPolicy", "CartPole-v1", rollout_buffer_class=Mine, advantage_estimator="td", kl_coef=0.1, **SMALL
     ).learn(8)
     assert type(model.rollout_buffer) is Mine
+
+
+@pytest.mark.filterwarnings("error")
+def test_advantages_of_enormous_rewards_are_as_silent_as_torch():
+    buffer = filled(TorchRolloutBuffer)
+    buffer.rewards = np.full((T, N), 3e38, dtype=np.float32)
+    buffer.compute_returns_and_advantage(th.full((N,), 3e38), np.zeros(N))
+    assert not np.isfinite(buffer.advantages).all()
+
+
+def test_last_values_of_another_precision_are_rounded():
+    buffer = filled(TorchRolloutBuffer)
+    buffer.compute_returns_and_advantage(th.full((N,), 1.5, dtype=th.bfloat16), np.zeros(N))
+    assert (buffer.next_values[-1] == 1.5).all()

@@ -423,6 +423,32 @@ def test_what_was_remembered_is_forgotten_between_two_trainings() -> None:
     assert [x is layer for x in model.policy.parameters()] == stayed
 
 
+@pytest.mark.parametrize("callback", [None, lambda *_: True])
+def test_a_layer_that_a_schedule_puts_in_place_is_trained_with_and_without_a_callback(callback: Any) -> None:
+    found: dict[str, Any] = {}
+
+    def rate(progress: float) -> float:
+        if progress < 0.5 and not found.get("layer") and "model" in found:
+            policy, layer = found["model"].policy, nn.Linear(64, 1)
+            found.update(layer=layer, before=layer.weight.detach().clone())
+            policy.value_net = layer
+            policy.optimizer.add_param_group({"params": list(layer.parameters())})
+        return 1e-3
+
+    found["model"] = A2CPlus("MlpPolicy", "Pendulum-v1", n_steps=8, seed=0, learning_rate=rate)
+    found["model"].learn(800, callback)
+    assert not th.equal(found["layer"].weight, found["before"])
+
+
+def test_a_parameter_that_the_optimiser_gets_between_two_trainings_is_another_update() -> None:
+    model = A2CPlus("MlpPolicy", "Pendulum-v1", n_steps=8, seed=0, compile=True).learn(160)
+    model.policy.value_net = nn.Linear(64, 1)
+    before = model.policy.value_net.weight.detach().clone()
+    model.policy.optimizer.add_param_group({"params": list(model.policy.value_net.parameters())})
+    model.learn(160, reset_num_timesteps=False)
+    assert not th.equal(model.policy.value_net.weight, before)
+
+
 def test_a_failed_training_leaves_nobody_undisturbed() -> None:
     class Failing(Arms):
         def step(self, action: Any) -> Any:

@@ -13,6 +13,8 @@ References: GAE is "High-Dimensional Continuous Control Using Generalized Advant
 (Schulman et al. 2016, https://arxiv.org/abs/1506.02438).
 """
 
+from typing import Any
+
 import torch as th
 
 from sb3_pgplus.core.checks import check_floating, check_same_shape, check_unit_interval
@@ -175,7 +177,7 @@ def discounted_returns(rewards: th.Tensor, dones: th.Tensor, initial: th.Tensor,
     check_floating(rewards=rewards)
     check_unit_interval(gamma=gamma)
     decay = _decay(dones, rewards, gamma)
-    inputs = _copy(rewards)
+    inputs = rewards.clone() if isinstance(rewards, th.Tensor) else rewards.copy()
     inputs[0] += gamma * initial
     if _is_short(inputs):
         for t in range(1, len(inputs)):
@@ -218,19 +220,17 @@ def reverse_scan(decay: th.Tensor, inputs: th.Tensor) -> th.Tensor:
 
 def _backward_loop(decay: th.Tensor, inputs: th.Tensor) -> th.Tensor:
     """:func:`reverse_scan` as it is written."""
-    result = _copy(inputs)
+    result: Any = [*inputs.unbind()] if isinstance(inputs, th.Tensor) else inputs.copy()
     for t in range(len(result) - 2, -1, -1):
         # Two roundings, a product and a sum, as NumPy does it: addcmul may fuse them into one.
-        result[t] += decay[t] * result[t + 1]
-    return result
+        result[t] = result[t] + decay[t] * result[t + 1]
+    if not isinstance(inputs, th.Tensor):
+        return result
+    return th.stack(result) if result else inputs.clone()
 
 
 def _is_short(steps: th.Tensor) -> bool:
     return len(steps) <= (_SHORT if isinstance(steps, th.Tensor) else _SHORT_ARRAYS)
-
-
-def _copy(x: th.Tensor) -> th.Tensor:
-    return x.clone() if isinstance(x, th.Tensor) else x.copy()
 
 
 def _decay(dones: th.Tensor, like: th.Tensor, factor: float) -> th.Tensor:

@@ -432,6 +432,13 @@ def test_discounted_returns_of_numpy_arrays_are_those_of_tensors(n_steps: int) -
     torch.testing.assert_close(torch.from_numpy(result), discounted_returns(rewards, dones, initial, gamma=0.9))
 
 
+@pytest.mark.parametrize("n_steps", [5, 100])
+def test_gae_can_be_differentiated_through_all_of_its_tensors(n_steps: int) -> None:
+    rollout = [x.to(F64).requires_grad_() for x in random_rollout(0, n_steps, 2)]
+    gradients = torch.autograd.grad(gae(*rollout, gamma=0.9, gae_lambda=0.9).sum(), rollout)
+    assert all(bool(gradient.isfinite().all()) and bool(gradient.any()) for gradient in gradients)
+
+
 def test_integer_arrays_raise() -> None:
     integers: Any = np.zeros((3, 2), dtype=np.int64)
     with pytest.raises(TypeError, match="`rewards` must be a floating-point tensor"):

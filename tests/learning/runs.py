@@ -130,6 +130,7 @@ SAME_SETTINGS: dict[str, Any] = {
     "learning_rate": LinearSchedule(3e-4, 0, 1.0),
     "clip_range": LinearSchedule(0.2, 0, 1.0),
     "clip_range_vf": 0.2,
+    "gae_lambda": 0.9,
     "policy_kwargs": {"log_std_init": -0.5},
 }
 
