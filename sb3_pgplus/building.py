@@ -1,6 +1,7 @@
 """The part of the base class that makes buffer and policy from the hyperparameters."""
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch as th
@@ -99,9 +100,7 @@ class ModelBuilding(_Base):
             policy_class = normalized_policy_class(policy_class)
             kwargs["clip_observations"] = hp.clip_observations
             kwargs["normalize_floats_only"] = hp.normalize_observations == "auto"
-        policy = policy_class(
-            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **kwargs
-        ).to(self.device)
+        policy = self._new_policy(policy_class, kwargs, hp).to(self.device)
         if hp.normalize_value_targets:
             value_layer(policy)
         if getattr(hp, "critic_learning_rate", None) is not None:
@@ -109,6 +108,21 @@ class ModelBuilding(_Base):
         if not hp.sb3_exact:
             fuse(policy.optimizer)
         return policy
+
+    def _new_policy(
+        self, policy_class: type[ActorCriticPolicy], kwargs: Mapping[str, Any], hp: PolicyGradientHparams
+    ) -> ActorCriticPolicy:
+        """A class that fixes an argument for itself, and hands on all others, goes before a default of ours."""
+        try:
+            return policy_class(
+                self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **kwargs
+            )
+        except TypeError as error:
+            name = str(error).partition("multiple values for keyword argument '")[2].rstrip("'")
+            is_default = name in kwargs and name not in self.policy_kwargs and name in hp.names()
+            if not is_default or getattr(hp, name) != hp.defaults()[name]:
+                raise
+            return self._new_policy(policy_class, {n: value for n, value in kwargs.items() if n != name}, hp)
 
     def _policy_arguments(self, hp: PolicyGradientHparams) -> dict[str, Any]:
         """``policy_kwargs`` together with the flat hyperparameters that concern the policy."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch as th
 
+from sb3_pgplus.interruptions import deferred
+
 #: tanh x ≈ x P(x²)/Q(x²) for |x| ≤ 9, from where on it is 1 in float32: coefficients of ascending powers. The relative
 #: error is 2e-8 before rounding, the least that four powers allow (``benchmarks/rational_tanh.py`` computes them).
 _TANH_END = 9.0
@@ -134,12 +136,13 @@ def _trace(
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    table, plain = {**select_decomp_table(), **_DECOMPOSITIONS}, [tensor.detach() for tensor in inputs]
     try:
-        graph = _without_detach(make_fx(function, tracing_mode="fake")(*inputs))
-        # Backward formulas change intermediate results in place; once more without, for what the compiler takes.
-        functional = th.func.functionalize(graph, remove="mutations")
-        table, plain = {**select_decomp_table(), **_DECOMPOSITIONS}, [tensor.detach() for tensor in inputs]
-        graph = make_fx(functional, decomposition_table=table, tracing_mode="fake")(*plain)
+        with deferred():  # an exception in the middle of a trace can end the process: torch has its modes on a stack
+            graph = _without_detach(make_fx(function, tracing_mode="fake")(*inputs))
+            # Backward formulas change intermediate results in place; once more without, for what the compiler takes.
+            functional = th.func.functionalize(graph, remove="mutations")
+            graph = make_fx(functional, decomposition_table=table, tracing_mode="fake")(*plain)
     except Exception as error:  # whatever a loss may do that cannot be traced
         raise UntraceableError(f"it cannot be traced: {_first_line(error)}") from error
     _check_graph(graph, frozenset(may_change))

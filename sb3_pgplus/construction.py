@@ -3,7 +3,10 @@
 import inspect
 import pydoc
 from collections.abc import Iterable, Mapping
+from types import NoneType
 from typing import Any
+
+import numpy as np
 
 from sb3_pgplus.hparams import PolicyGradientHparams, nearest
 
@@ -21,6 +24,14 @@ PLUMBING: dict[str, Any] = {
     "device": "auto",
     "_init_setup_model": True,
 }
+
+_PLUMBING_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("stats_window_size", (int, np.integer), "a whole number"),
+    ("verbose", (int, np.integer), "0, 1 or 2"),
+    ("policy_kwargs", (Mapping, NoneType), "a dict or None"),
+    ("rollout_buffer_kwargs", (Mapping, NoneType), "a dict or None"),
+    ("rollout_buffer_class", (type, str, NoneType), "a class, its dotted path or None"),
+)
 
 
 def signature_of(hparams_class: type[PolicyGradientHparams], positional: tuple[str, ...]) -> inspect.Signature:
@@ -70,6 +81,19 @@ def reject_unknown(where: str, names: Iterable[str], known: Iterable[str]) -> No
     for name in names:
         if name not in known:
             raise TypeError(f"{where} got an unknown argument `{name}`{nearest(name, known)}")
+
+
+def check_plumbing(given: Mapping[str, Any]) -> None:
+    """
+    :param given: those of :data:`PLUMBING` that SB3 would take without a look
+    :raises TypeError: on a value of the wrong type
+    :raises ValueError: on a window of no episodes
+    """
+    for name, types, allowed in _PLUMBING_TYPES:
+        if not isinstance(given[name], types):
+            raise TypeError(f"`{name}` must be {allowed}, got {given[name]!r}")
+    if given["stats_window_size"] < 1:
+        raise ValueError(f"`stats_window_size` must be at least 1, got {given['stats_window_size']}")
 
 
 def locate_class(path: str) -> type[Any]:

@@ -1,6 +1,7 @@
 """What watches for NaN and infinity, at the two places where they enter: the environment and the update."""
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -119,6 +120,31 @@ def likely_cause(advantages: th.Tensor, returns: th.Tensor, loss: th.Tensor, pol
     return "the loss is finite but its gradient is not: a square root, logarithm or norm at zero in a policy or loss"
 
 
+class _DistributionChecks:
+    """The switch is the whole process's, so what trainings in several threads found there is one thing, too."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.before = True
+
+    def off(self) -> None:
+        with self.lock:
+            if not self.users:
+                self.before = Distribution._validate_args
+                Distribution.set_default_validate_args(False)
+            self.users += 1
+
+    def back(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                Distribution.set_default_validate_args(self.before)
+
+
+_checks = _DistributionChecks()
+
+
 @contextmanager
 def without_distribution_checks() -> Iterator[None]:
     """
@@ -126,9 +152,8 @@ def without_distribution_checks() -> Iterator[None]:
 
     They would raise an unspecific error where the guard on the gradient can name the cause, and they cost time.
     """
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
+    _checks.off()
     try:
         yield
     finally:
-        Distribution.set_default_validate_args(before)
+        _checks.back()

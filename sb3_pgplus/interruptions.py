@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -55,6 +55,33 @@ class Interruption:
                 os.write(2, NOTICE.format(signal.Signals(number).name).encode())
         else:
             act_on(number)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """
+    Ctrl-C and SIGTERM take effect at the end: for a moment in which an exception at any place would break something.
+    Where nothing of Python's handles them, and outside the main thread, nothing is changed.
+    """
+    came: list[tuple[Callable[[int, FrameType | None], Any], int, FrameType | None]] = []
+    before: dict[int, Callable[[int, FrameType | None], Any]] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append((before[number], number, frame))
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler) and not isinstance(handler, signal.Handlers):
+                before[number] = handler
+                signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
+        for handler, received, frame in came:
+            handler(received, frame)
 
 
 def act_on(number: int) -> NoReturn:

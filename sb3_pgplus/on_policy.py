@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_pgplus.buffers import RolloutEnd, TorchRolloutBuffer
 from sb3_pgplus.building import ModelBuilding, normalized_outside
 from sb3_pgplus.callback_tree import is_known, is_nobody, tell_failure, tell_return
-from sb3_pgplus.construction import PLUMBING, bind, signature_of
+from sb3_pgplus.construction import PLUMBING, bind, check_plumbing, signature_of
 from sb3_pgplus.engine import Engine
 from sb3_pgplus.errors import HyperparameterError, warn_user
 from sb3_pgplus.guards import check_finite_step, without_distribution_checks
@@ -99,6 +99,7 @@ class PolicyGradientPlus(
         defaults = {**self.hparams_class.defaults(), **PLUMBING}
         arguments = bind(type(self).__name__, self.positional, defaults, args, kwargs)
         plumbing = {name: arguments.pop(name) for name in PLUMBING}
+        check_plumbing(plumbing)
         set_up = plumbing.pop("_init_setup_model")
         super().__init__(
             policy,
@@ -135,6 +136,7 @@ class PolicyGradientPlus(
         self._checkpoint_folder = None
         #: Values, progress and result of the last `hyperparameters_at`: most of them never change.
         self._resolved: tuple[list[Any], float, H] | None = None
+        self._built_with = {}
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
@@ -157,6 +159,7 @@ class PolicyGradientPlus(
         self._rollout_end = RolloutEnd()
         self._engine = Engine(hp.compile, announce=self.verbose >= 1)
         self._maybe_recommend_cpu()
+        self._note_what_is_built()
 
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule = as_schedule("learning_rate", self.learning_rate)
@@ -178,6 +181,7 @@ class PolicyGradientPlus(
         names = self.hparams_class.names()
         values = [self.__dict__[name] for name in names]
         if self._resolved is None or any(map(operator.is_not, values, self._resolved[0])):
+            self._refuse_changes_of_what_is_built()
             found = self.hparams_class.resolve(self.__dict__, progress_remaining)
         elif progress_remaining == self._resolved[1]:
             return self._resolved[2]
@@ -239,9 +243,15 @@ class PolicyGradientPlus(
         :param progress_bar: show a bar
         :return: the model
         :raises TypeError: if the number of steps is no number
-        :raises ValueError: if it is negative or not finite
+        :raises ValueError: if it is negative or not finite, ``log_interval`` is not positive, there is no environment,
+            or a setting was assigned that a model has from the start
         """
         steps = _whole_steps(total_timesteps)
+        if self.env is None:
+            raise ValueError("the model has no environment to learn in: set_env(env), or load(path, env=env)")
+        if log_interval is not None and log_interval < 1:
+            raise ValueError(f"`log_interval` must be at least 1, or None for no logs, got {log_interval}")
+        self._refuse_changes_of_what_is_built()
         if not reset_num_timesteps and self._unfinished is None:
             self._warn_about_short_learns()
         name = tb_log_name or type(self).__name__

@@ -10,12 +10,12 @@ from stable_baselines3.common.save_util import load_from_zip_file, open_path, re
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_pgplus.construction import PLUMBING, reject_unknown
-from sb3_pgplus.errors import ModelFileError, UntrustedModelError
+from sb3_pgplus.errors import HyperparameterError, ModelFileError, UntrustedModelError
 from sb3_pgplus.files import write_atomically
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.model_file import ModelFile, PathOrFile, as_bytes, encode_attributes, read
 from sb3_pgplus.optimizers import check_fits
-from sb3_pgplus.sb3_files import saved_by_sb3, translated
+from sb3_pgplus.sb3_files import algorithm_of, saved_by_sb3, translated
 from sb3_pgplus.serialization import pickled_parts
 
 if TYPE_CHECKING:  # a mix-in of one class: let the type checker see what it is mixed into
@@ -48,6 +48,10 @@ _FIXED_AT_CONSTRUCTION = (
 )
 
 
+#: The same, and what `load` may change because it builds anew.
+_BUILT_IN = (*_FIXED_AT_CONSTRUCTION, "clip_observations", "n_steps")
+
+
 class Persistence(_Base):
     """SB3's zip files, written whole or not at all, with the normalisation statistics inside."""
 
@@ -57,6 +61,8 @@ class Persistence(_Base):
     sb3_preset: ClassVar[Mapping[str, Any]]
     normalize_value_targets: bool
     _normalizes_rewards: bool | None
+    #: Hyperparameters that are part of policy or buffer, as they were when those were made.
+    _built_with: Mapping[str, Any]
 
     def _excluded_save_params(self) -> list[str]:
         return [
@@ -72,6 +78,7 @@ class Persistence(_Base):
             "_lr_schedule_source",
             "_warned_short_learns",
             "_resolved",
+            "_built_with",
             "_device_infos",
             "_value_function",
             "_env_id",
@@ -105,7 +112,9 @@ class Persistence(_Base):
         :param exclude: names of attributes to leave out
         :param include: names of attributes to keep that would be left out
         :raises TypeError: naming an attribute that cannot be saved
+        :raises HyperparameterError: (a ValueError) naming a setting that was assigned to a model built with another
         """
+        self._refuse_changes_of_what_is_built()
         state_dict_names, variable_names = self._get_torch_save_params()
         left_out = {name.split(".")[0] for name in (*state_dict_names, *variable_names)}
         left_out |= {*(exclude or ()), *self._excluded_save_params()} - {*(include or ())}
@@ -179,6 +188,10 @@ class Persistence(_Base):
             cls._refuse_names({name: v for name, v in attributes.items() if name not in (custom_objects or {})}, file)
         if not file.is_ours and saved_by_sb3(file.data):
             attributes = translated(attributes, cls.sb3_name, cls.sb3_preset, file.name)
+        elif (saved_by := algorithm_of(file.data)) != algorithm_of(cls.hparams_class.names()):
+            raise ModelFileError(
+                f"{file.name} is a model of {saved_by}Plus: load it with that, not with {cls.__name__}"
+            )
         archive = file.for_sb3(attributes)
         try:
             model = super().load(archive, env, device, attributes, print_system_info, force_reset, **kwargs)
@@ -204,6 +217,8 @@ class Persistence(_Base):
         held = {name: kwargs.pop(name) for name in fixed if name in kwargs}
         for name, value in held.items():
             cls.hparams_class.spec(name).check(name, value, 1.0)
+        if "use_sde" in kwargs:
+            held["use_sde"] = kwargs.pop("use_sde")
         return held
 
     @classmethod
@@ -224,6 +239,22 @@ class Persistence(_Base):
         for name, value in file.variables.items():
             if value is not None:
                 recursive_getattr(self, name).data = value.data.to(self.device)
+
+    def _note_what_is_built(self) -> None:
+        names = [name for name in _BUILT_IN if name in self.hparams_class.names()]
+        self._built_with = {name: getattr(self, name) for name in names}
+
+    def _refuse_changes_of_what_is_built(self) -> None:
+        """
+        :raises HyperparameterError: on a new value that would do nothing here, and something in a loaded model
+        """
+        for name, before in self._built_with.items():
+            if (now := getattr(self, name)) is not before and now != before:
+                instead = "" if name in _FIXED_AT_CONSTRUCTION else f", or load the saved one with {name}={now!r}"
+                raise HyperparameterError(
+                    f"`{name}` was {before!r} when the model was built, and cannot become {now!r}: "
+                    f"make a new model{instead}"
+                )
 
     def _keep_or_refuse(self, name: str, value: Any) -> None:
         saved = getattr(self, name)

@@ -4,6 +4,7 @@ SB3's policies with observation normalisation inside, and what the algorithms ne
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -153,18 +154,28 @@ def normalizable_keys(observation_space: spaces.Dict, floats_only: bool) -> list
 
 def is_normalizable(space: spaces.Space[Any], floats_only: bool) -> bool:
     """
-    Whether running mean and std of a space make sense: a Box that is no image.
+    Whether running mean and std of a space make sense: a Box of numbers that is no image.
 
     :param space: one observation space; a Dict counts if one of its entries does
     :param floats_only: leave integer boxes out
     """
     if isinstance(space, spaces.Dict):
         return bool(normalizable_keys(space, floats_only))
-    if not isinstance(space, spaces.Box) or is_image_space(space):
+    if not isinstance(space, spaces.Box) or is_image_space(space) or space.dtype == bool:
         return False
     is_float = bool(np.issubdtype(space.dtype, np.floating))
     # Three dimensions of floats are an image that is scaled already.
     return (is_float and len(space.shape) < 3) or (not is_float and not floats_only)
+
+
+class _Inside(threading.local):
+    """The policies (by id) that this thread is inside a method of: another thread's observations are still raw."""
+
+    def __init__(self) -> None:
+        self.policies: set[int] = set()
+
+
+_inside = _Inside()
 
 
 class NormalizesObservations:
@@ -179,8 +190,7 @@ class NormalizesObservations:
     policy_class: type[ActorCriticPolicy]
     observation_normalizer: ObservationNormalizer
     observation_space: spaces.Space[Any]
-    # Until the normaliser exists: a policy may run itself while it is being built.
-    _already_normalized = True
+    _modules: dict[str, Any]
 
     def __init__(
         self, *args: Any, clip_observations: float | None = 10.0, normalize_floats_only: bool = True, **kwargs: Any
@@ -193,20 +203,21 @@ class NormalizesObservations:
         self.observation_normalizer = ObservationNormalizer(
             self.observation_space, clip_observations, normalize_floats_only
         )
-        self._already_normalized = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is made at run time, so a pickle must name the class that it is made from.
         return _new_normalized, (self.policy_class,), self.__dict__
 
     def _call_normalized(self, method: Callable[..., Any], obs: PyTorchObs, *args: Any, **kwargs: Any) -> Any:
-        if self._already_normalized:
+        # A policy may run itself while it is being built, before the normaliser exists.
+        normalizer = self._modules.get("observation_normalizer")
+        if normalizer is None or id(self) in _inside.policies:
             return method(obs, *args, **kwargs)
-        self._already_normalized = True
+        _inside.policies.add(id(self))
         try:
-            return method(self.observation_normalizer(obs), *args, **kwargs)
+            return method(normalizer(obs), *args, **kwargs)
         finally:
-            self._already_normalized = False
+            _inside.policies.discard(id(self))
 
     def forward(self, obs: PyTorchObs, *args: Any, **kwargs: Any) -> Any:
         return self._call_normalized(super().forward, obs, *args, **kwargs)  # type: ignore[misc]  # mix-in

@@ -535,3 +535,41 @@ def test_presets_hold_only_legal_values(preset):
     values, hparams = getattr(presets, preset), PRESETS[preset]
     assert set(values) <= set(hparams.names())
     hparams.resolve({**hparams.defaults(), **values})
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("name", "value", "error", "allowed"),
+    [
+        ("stats_window_size", -1, ValueError, "at least 1"),
+        ("stats_window_size", "abc", TypeError, "a whole number"),
+        ("verbose", None, TypeError, "0, 1 or 2"),
+        ("policy_kwargs", "abc", TypeError, "a dict or None"),
+        ("rollout_buffer_kwargs", 3, TypeError, "a dict or None"),
+        ("rollout_buffer_class", 5, TypeError, "a class, its dotted path or None"),
+    ],
+)
+def test_sb3s_own_arguments_are_checked_too(algorithm, name, value, error, allowed):
+    with pytest.raises(error, match=f"`{name}` must be {allowed}, got {value!r}"):
+        algorithm("MlpPolicy", "CartPole-v1", **ALGORITHMS[algorithm], **{name: value})
+
+
+@pytest.mark.parametrize("log_interval", [0, -1])
+def test_a_log_interval_of_no_iterations_is_refused(log_interval):
+    with pytest.raises(ValueError, match=f"`log_interval` must be at least 1, or None for no logs, got {log_interval}"):
+        PPOPlus("MlpPolicy", "CartPole-v1", **SMALL).learn(8, log_interval=log_interval)
+
+
+class FixedDeviation(ActorCriticPolicy):
+    """Fixes one argument for itself, and hands on all others."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, log_std_init=-2.0)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_policy_that_fixes_an_argument_goes_before_our_default_and_not_before_what_is_written(algorithm):
+    model = algorithm(FixedDeviation, "Pendulum-v1", **ALGORITHMS[algorithm])
+    assert model.policy.log_std.tolist() == [-2.0]
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'log_std_init'"):
+        algorithm(FixedDeviation, "Pendulum-v1", **ALGORITHMS[algorithm], log_std_init=-1.0)

@@ -13,6 +13,7 @@ import time
 import warnings
 import zipfile
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from sb3_pgplus import A2CPlus, PPOPlus, checkpoints, make_vec_env, resumed_runs
 from sb3_pgplus.callbacks import CheckpointCallback
 from sb3_pgplus.callbacks import EvalCallback as OurEvalCallback
 from sb3_pgplus.cli import app
+from sb3_pgplus.compiler import compile_function
 from sb3_pgplus.errors import CheckpointError
-from sb3_pgplus.interruptions import Interruption
+from sb3_pgplus.interruptions import Interruption, deferred
 from sb3_pgplus.reporting.progress_csv import ProgressCSV
 
 SMALL: dict[str, Any] = {"n_steps": 8, "batch_size": 8, "n_epochs": 2, "device": "cpu", "seed": 0}
@@ -695,6 +697,37 @@ def test_the_second_signal_acts_at_once_and_ignored_ones_stay_ignored() -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, None)])
+def test_a_deferred_signal_takes_effect_at_the_end_once(number: signal.Signals, error: Any) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda n, frame: received.append(n))
+    done = []
+    try:
+        with pytest.raises(error) if error else nullcontext(), deferred():
+            os.kill(os.getpid(), number)
+            done.append("all of it")
+            assert received == []
+        assert done == ["all of it"] and received == ([] if error else [number])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_ctrl_c_while_the_compiler_traces_waits_for_the_trace() -> None:
+    course = []
+
+    def function(x: th.Tensor) -> list[th.Tensor]:
+        os.kill(os.getpid(), signal.SIGINT)
+        course.append("traced to the end")
+        return [x + 1]
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_function(function, [th.zeros(2)])
+    assert course == ["traced to the end"]
+    assert not th.utils._python_dispatch._get_current_dispatch_mode_stack()
+    assert compile_function(lambda x: [x + 1], [th.zeros(2)])([th.ones(2)])[0].tolist() == [2, 2]
 
 
 def test_in_another_thread_training_works_without_signals(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from sb3_pgplus import PPOPlus
 from sb3_pgplus.errors import NonFinitePolicyError
-from sb3_pgplus.guards import check_finite_step
+from sb3_pgplus.guards import check_finite_step, without_distribution_checks
 
 SMALL = {"n_steps": 8, "batch_size": 16, "n_epochs": 2, "device": "cpu", "seed": 0}
 BAD = [math.nan, math.inf, -math.inf]
@@ -315,6 +315,17 @@ def test_the_check_of_distributions_is_as_before_after_an_update_and_after_an_er
     with pytest.raises(ValueError, match="in a row"):
         poisoned([math.nan] * 9).learn(32)
     assert Distribution._validate_args is before
+
+
+def test_the_check_of_distributions_is_as_before_after_users_that_overlap_in_any_order():
+    # As trainings in threads do: the first to come is not the last to leave.
+    before, first, second = Distribution._validate_args, without_distribution_checks(), without_distribution_checks()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert Distribution._validate_args is False
+    second.__exit__(None, None, None)
+    assert Distribution._validate_args is before is True
 
 
 def test_the_count_travels_with_the_model(tmp_path):

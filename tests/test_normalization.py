@@ -1,5 +1,6 @@
 """Observation and reward normalisation inside the model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gymnasium as gym
@@ -277,3 +278,32 @@ def test_statistics_of_samples_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"`batch` must have shape \[B, 3\]"):
         moments.merge(th.ones(shape))
     assert moments.is_initial
+
+
+def test_threads_that_predict_at_once_each_normalise_their_own_observations() -> None:
+    model = PPOPlus("MlpPolicy", DummyVecEnv([Scripted]), n_steps=64, batch_size=64, device="cpu", seed=0).learn(128)
+    observations = np.array([[10.0, 0.1], [11.0, 0.2]], np.float32).repeat(64, 0)
+    alone = model.predict(observations, deterministic=True)[0]
+
+    def wrong(_: int) -> int:
+        actions = (model.predict(observations, deterministic=True)[0] for _ in range(100))
+        return sum(not np.allclose(action, alone) for action in actions)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(wrong, range(4))) == 0
+
+
+def test_there_is_nothing_to_normalise_in_a_box_of_booleans() -> None:
+    class Flags(gym.Env[Any, Any]):
+        observation_space, action_space = spaces.Box(0, 1, (3,), np.bool_), spaces.Discrete(2)
+
+        def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+            super().reset(seed=seed)
+            return np.array([True, False, True]), {}
+
+        def step(self, action: Any) -> Any:
+            return np.array([False, False, True]), 1.0, False, False, {}
+
+    with pytest.raises(ValueError, match="`normalize_observations`=True, but there is nothing to normalise"):
+        PPOPlus("MlpPolicy", Flags(), n_steps=8, batch_size=8, normalize_observations=True)
+    assert PPOPlus("MlpPolicy", Flags(), n_steps=8, batch_size=8, n_epochs=1).learn(8).num_timesteps == 8

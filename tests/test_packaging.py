@@ -33,14 +33,14 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
     | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "compiler", "sampling"})
     | frozenset({"callback_tree", "checkpoints", "tracing", "vec_env", "statistics", "processes", "threads"})
-    | frozenset({"serialization", "model_file", "sb3_files"}),
+    | frozenset({"serialization", "model_file", "sb3_files", "interruptions"}),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"})  # parts of on_policy
     | frozenset({"resuming", "training_state"}),
     frozenset({"on_policy"}),
     frozenset({"a2c", "ppo", "trpo"}),
     frozenset({FACADE}),
     frozenset({"configs", "environments", "evaluation", "playing", "training", "run_folder", "callbacks", "reporting"})
-    | frozenset({"conversion", "hub", "videos", "interruptions", "resumed_runs"})
+    | frozenset({"conversion", "hub", "videos", "resumed_runs"})
     | frozenset({"profiling", "tuning", "zoo", "cli", "benchmarking"}),
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}

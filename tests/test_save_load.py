@@ -14,11 +14,13 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_pgplus import PPOPlus, files, presets
+from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, files, presets
+from sb3_pgplus.errors import HyperparameterError, ModelFileError
 from sb3_pgplus.policies import observation_normalizer
 
 SMALL = {"n_steps": 8, "batch_size": 8, "n_epochs": 2, "device": "cpu", "seed": 0}
@@ -470,3 +472,65 @@ def test_write_atomically_never_opens_the_target_itself(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert str(tmp_path / "x.bin") not in opened
     assert pathlib.Path(tmp_path / "x.bin").read_bytes() == b"data"
+
+
+@pytest.mark.parametrize("loader", [PPOPlus, A2CPlus, TRPOPlus])
+@pytest.mark.parametrize("saver", [PPOPlus, A2CPlus, TRPOPlus])
+def test_a_model_is_loaded_by_its_own_algorithm_and_by_no_other(saver, loader, tmp_path):
+    saver("MlpPolicy", "CartPole-v1", n_steps=128, device="cpu").save(tmp_path / "model")
+    if loader is saver:
+        assert type(loader.load(tmp_path / "model")) is loader
+    else:
+        with pytest.raises(ModelFileError, match=f"is a model of {saver.__name__}: load it with that"):
+            loader.load(tmp_path / "model")
+
+
+def test_a_subclass_loads_what_it_saved_and_its_parents_files(tmp_path):
+    class Own(A2CPlus):
+        pass
+
+    for cls in (Own, A2CPlus):
+        cls("MlpPolicy", "CartPole-v1", device="cpu").save(tmp_path / "model")
+        assert type(Own.load(tmp_path / "model")) is Own
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("activation_fn", "relu", "make a new model$"),
+        ("adam_eps", 1e-3, "make a new model$"),
+        ("normalize_observations", False, "make a new model$"),
+        ("clip_observations", 0.5, "or load the saved one with clip_observations=0.5$"),
+        ("n_steps", 16, "or load the saved one with n_steps=16$"),
+    ],
+)
+def test_what_a_model_is_built_with_cannot_be_assigned_later(name, value, instead, tmp_path):
+    model = PPOPlus("MlpPolicy", Drift(), **SMALL)
+    before = getattr(model, name)
+    setattr(model, name, value)
+    for act in (lambda: model.learn(8), lambda: model.save(tmp_path / "model")):
+        with pytest.raises(HyperparameterError, match=f"`{name}` was .*, and cannot become {value!r}: .*{instead}"):
+            act()
+    assert not (tmp_path / "model.zip").exists()
+    setattr(model, name, before)
+    model.learn(8).save(tmp_path / "model")
+    if not instead.startswith("make"):
+        assert getattr(PPOPlus.load(tmp_path / "model", env=Drift(), **{name: value}).learn(16), name) == value
+
+
+def test_a_change_of_what_is_built_in_the_middle_of_training_is_refused_at_the_next_update():
+    class Change(BaseCallback):
+        def _on_step(self):
+            self.model.clip_observations = 1.0
+            return True
+
+    with pytest.raises(HyperparameterError, match=r"`clip_observations` was 10\.0"):
+        PPOPlus("MlpPolicy", Drift(), **SMALL).learn(32, Change())
+
+
+def test_a_loaded_model_without_environment_says_how_to_give_it_one(tmp_path):
+    PPOPlus("MlpPolicy", Drift(), **SMALL).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"no environment to learn in: set_env\(env\)"):
+        PPOPlus.load(tmp_path / "model").learn(8)
+    with pytest.raises(ValueError, match="`use_sde` is part of the saved model"):
+        PPOPlus.load(tmp_path / "model", use_sde=True)

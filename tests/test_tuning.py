@@ -208,6 +208,8 @@ def test_a_space_that_cannot_be_is_refused_by_name(text: str, message: str, tmp_
         ({"goals": ("time",), "prune": "none"}, r"the first goal must be return, got time"),
         ({"sampler": "gp"}, r"the gp sampler learns from complete trials only: add --prune none"),
         ({"n_trials": 0}, r"n_trials must be at least 1, got 0"),
+        ({"max_seconds": -1.0}, r"max_seconds must be above 0, or None for no limit, got -1"),
+        ({"max_memory": 0}, r"max_memory must be above 0, or None for no limit, got 0"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(options: dict[str, Any], message: str, small_space: Path) -> None:
@@ -550,6 +552,21 @@ def test_workers_share_a_study_exactly_and_a_killed_ones_trial_is_tried_again(
     finished = [json.dumps(trial.params) for trial in trials if trial.state in FINISHED]
     assert len(set(finished)) == 8
     assert len({trial.user_attrs["worker"] for trial in trials if trial.state in FINISHED}) >= n_workers - 1
+
+
+def test_a_folder_with_another_study_is_refused_before_anything_is_replaced(small_space: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["tune", *tune_options(small_space, "--n-trials", "1", "--out", str(out))]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    results = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".db"}
+    assert {"best.yml", "trials.csv"} <= results.keys()
+    storage = sqlite(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    longer = ["--n-timesteps", "640"]
+    for other in (longer, [*longer, "--resume"], ["--study", "b", "--storage", storage]):
+        refused = CliRunner().invoke(app, [*command, *other])
+        assert refused.exit_code == 2 and "has the results of another study" in refused.output, refused.output
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".db"} == results
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

@@ -89,6 +89,7 @@ def run(
         _as_config_error(tracking.require_wandb)
     place.folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    _refuse_folder_of_another(place)
     console.print(f"Study {place.name} in {place.folder}", highlight=False, markup=False, soft_wrap=True)
     bar = StudyProgress(console, plan, progress)
 
@@ -116,6 +117,20 @@ def run(
         _report_so_far(plan, place, console)
         raise
     _report(result, place, console)
+
+
+def _refuse_folder_of_another(place: Place) -> None:
+    """
+    :raises ConfigError: if the results in the folder are of another study, and would be replaced
+    """
+    best, database = place.folder / "best.yml", place.folder / "study.db"
+    owners = optuna.get_all_study_names(open_storage(place.storage)) if place.embedded and database.is_file() else []
+    is_another = bool(owners) and place.name not in owners
+    if best.is_file():  # "# Trial 3 of the study NAME: …"
+        header = best.read_text(encoding="utf-8").partition("\n")[0]
+        is_another |= " of the study " in header and f" of the study {place.name}: " not in header
+    if is_another:
+        raise ConfigError(f"{place.folder} has the results of another study than {place.name}: give another --out")
 
 
 def serve_dashboard(place: Place, port: int) -> None:

@@ -67,6 +67,9 @@ class TuningPlan:
         _require_one_of("sampler", self.sampler, SAMPLERS)
         for name in ("n_trials", "n_evaluations", "eval_episodes", "jobs"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_seconds", "max_memory"):
+            limit = getattr(self, name)
+            _require(limit is None or limit > 0, f"{name} must be above 0, or None for no limit, got {limit}")
         _require(bool(self.seeds), "a trial needs at least one seed")
         _require(self.top == 0 or bool(self.test_seeds), "a ranking needs at least one test seed")
         _require(0 < self.prune_p < 1, f"prune_p must be between 0 and 1, got {self.prune_p}")
