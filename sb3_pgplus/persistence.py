@@ -249,7 +249,10 @@ class Persistence(_Base):
         :raises HyperparameterError: on a new value that would do nothing here, and something in a loaded model
         """
         for name, before in self._built_with.items():
-            if (now := getattr(self, name)) is not before and now != before:
+            now = getattr(self, name)
+            if name == "n_steps" and now == self.rollout_buffer.buffer_size:
+                continue  # together with a buffer of that size, as scripts for SB3 do it
+            if now is not before and now != before:
                 instead = "" if name in _FIXED_AT_CONSTRUCTION else f", or load the saved one with {name}={now!r}"
                 raise HyperparameterError(
                     f"`{name}` was {before!r} when the model was built, and cannot become {now!r}: "

@@ -518,6 +518,17 @@ def test_what_a_model_is_built_with_cannot_be_assigned_later(name, value, instea
         assert getattr(PPOPlus.load(tmp_path / "model", env=Drift(), **{name: value}).learn(16), name) == value
 
 
+def test_other_rollouts_may_be_assigned_together_with_a_buffer_of_their_length(tmp_path):
+    model = PPOPlus("MlpPolicy", Drift(), **SMALL)
+    model.n_steps = 16
+    model.rollout_buffer = type(model.rollout_buffer)(
+        16, model.observation_space, model.action_space, device="cpu", gamma=0.99, gae_lambda=0.9, n_envs=1
+    )
+    model.learn(16).save(tmp_path / "model")
+    assert model.num_timesteps == 16
+    assert PPOPlus.load(tmp_path / "model", env=Drift()).learn(16).num_timesteps == 16
+
+
 def test_a_change_of_what_is_built_in_the_middle_of_training_is_refused_at_the_next_update():
     class Change(BaseCallback):
         def _on_step(self):
