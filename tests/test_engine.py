@@ -837,22 +837,28 @@ def test_a_critic_that_fits_to_the_last_digits_does_not_end_compiling(monkeypatc
     model = PPOPlus("MlpPolicy", "Pendulum-v1", **kwargs, compile=True).learn(2 * ITERATION)
     (version,) = model._engine._functions["update"].values()
     hp, (batch,) = model.hyperparameters_at(0.5), model.rollout_buffer.get(ITERATION)
-    with th.no_grad():  # float32 knows values around 100 up to 8e-6, and the returns are within 1e-3 of them
-        model.policy.value_net.bias.fill_(100.0)
-        values = model.policy.predict_values(batch.observations).flatten()
-    returns = values + 1e-3 * th.linspace(-1, 1, ITERATION)
-    fitted = batch._replace(advantages=th.zeros(ITERATION), returns=returns, old_values=values)
     compared: list[bool] = []
     is_rounding = CompiledUpdate._is_rounding
     monkeypatch.setattr(
         CompiledUpdate, "_is_rounding", lambda *args: compared.append(is_rounding(*args)) or compared[-1]
     )
-    version.n_calls = 2**10 - 1  # the next is compared
-    before = [parameter.detach().clone() for parameter in model.policy.parameters()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not model._loss_gradient(hp, True)(fitted).is_stepped  # the gradient is the eager one
+    # float32 knows values around 100 up to 8e-6, and the returns are within 1e-4 of them. Whether the last digit of one
+    # is another one when compiled depends on the processor, so several sets of values are tried.
+    for offset in range(40):
+        with th.no_grad():
+            model.policy.value_net.bias.fill_(100.0 + 0.37 * offset)
+            values = model.policy.predict_values(batch.observations).flatten()
+        returns = values + 1e-4 * th.linspace(-1, 1, ITERATION)
+        fitted = batch._replace(advantages=th.zeros(ITERATION), returns=returns, old_values=values)
+        version.n_calls = 2**10 - 1  # the next is compared
+        before = [parameter.detach().clone() for parameter in model.policy.parameters()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            gradient = model._loss_gradient(hp, True)(fitted)
+        if compared:
+            break
     assert compared == [True]
+    assert not gradient.is_stepped  # it is the eager one
     assert version.n_disagreements == 0
     assert all(map(th.equal, model.policy.parameters(), before))
 
