@@ -46,8 +46,6 @@ _FIXED_AT_CONSTRUCTION = (
     "use_rms_prop",
     "rms_prop_eps",
 )
-
-
 #: The same, and what `load` may change because it builds anew.
 _BUILT_IN = (*_FIXED_AT_CONSTRUCTION, "clip_observations", "n_steps")
 
@@ -188,10 +186,11 @@ class Persistence(_Base):
             cls._refuse_names({name: v for name, v in attributes.items() if name not in (custom_objects or {})}, file)
         if not file.is_ours and saved_by_sb3(file.data):
             attributes = translated(attributes, cls.sb3_name, cls.sb3_preset, file.name)
-        elif (saved_by := algorithm_of(file.data)) != algorithm_of(cls.hparams_class.names()):
-            raise ModelFileError(
-                f"{file.name} is a model of {saved_by}Plus: load it with that, not with {cls.__name__}"
-            )
+        elif not {*cls.hparams_class.names()} <= file.data.keys():  # another algorithm's, or older than one of them
+            saved_by = algorithm_of(file.data)
+            if saved_by != algorithm_of(cls.hparams_class.names()):
+                message = f"{file.name} is a model of {saved_by}Plus: load it with that, not with {cls.__name__}"
+                raise ModelFileError(message)
         archive = file.for_sb3(attributes)
         try:
             model = super().load(archive, env, device, attributes, print_system_info, force_reset, **kwargs)
