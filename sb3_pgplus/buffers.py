@@ -307,10 +307,17 @@ class TorchRolloutBuffer(RolloutBuffer):
         else:
             yield from _split(samples, batch_size)
 
-    def _gather(self, indices: np.ndarray[Any, Any], observations: th.Tensor | None) -> RolloutSamples:
-        # Storage is time-major: sample n·T + t lies in row t·N + n.
+    def rows(self, indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """
+        Where samples are in :meth:`whole`: sample n·T + t in row t·N + n.
+
+        :param indices: numbers of samples in flattened order
+        """
         envs, steps = np.divmod(indices, self.buffer_size)
-        rows = th.as_tensor(steps * self.n_envs + envs, device=self.device)
+        return steps * self.n_envs + envs
+
+    def _gather(self, indices: np.ndarray[Any, Any], observations: th.Tensor | None) -> RolloutSamples:
+        rows = th.as_tensor(self.rows(indices), device=self.device)
         order = th.as_tensor(indices, device=self.device)
 
         def pick(name: str) -> Any:
@@ -498,6 +505,18 @@ def split_observations(observations: Any, size: int) -> list[Any]:
     return [{key: piece[i] for key, piece in pieces.items()} for i in range(n_pieces)]
 
 
+def pick(samples: RolloutSamples, rows: th.Tensor) -> RolloutSamples:
+    """
+    Some of many samples.
+
+    :param samples: all of them
+    :param rows: indices ``[b]``
+    """
+    observations = map_observations(samples.observations, lambda tensor: tensor.index_select(0, rows))
+    fields = [tensor.index_select(0, rows) for tensor in samples[1:6]]
+    return RolloutSamples._make((observations, *fields, tuple(x.index_select(0, rows) for x in samples[6])))
+
+
 def _split(samples: RolloutSamples, size: int) -> Iterator[RolloutSamples]:
     """Cut samples into views of at most ``size`` of them."""
     observations = split_observations(samples.observations, size)
@@ -515,4 +534,4 @@ def has_stock_sampling(buffer: RolloutBuffer) -> TypeGuard[TorchRolloutBuffer]:
     :param buffer: any
     """
     own, kind, stock = vars(buffer), type(buffer), vars(TorchRolloutBuffer)
-    return all(name not in own and getattr(kind, name, None) is stock[name] for name in ("get", "_gather"))
+    return all(name not in own and getattr(kind, name, None) is stock[name] for name in ("get", "_gather", "whole"))

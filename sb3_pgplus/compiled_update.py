@@ -6,8 +6,9 @@ where that is torch's plain Adam or RMSprop. It is compared with the eager updat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,15 @@ import torch as th
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 from torch import nn
 
-from sb3_pgplus.buffers import RolloutSamples, TorchDictRolloutBuffer, TorchRolloutBuffer, has_stock_sampling
-from sb3_pgplus.compiler import Compiled, compile_function
+from sb3_pgplus.buffers import (
+    RolloutSamples,
+    TorchDictRolloutBuffer,
+    TorchRolloutBuffer,
+    has_stock_sampling,
+    pick,
+)
+from sb3_pgplus.compiler import Compiled, compile_function, first_line
+from sb3_pgplus.device_graphs import RecordedLoop, is_recordable, sent
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.optimizers import StepRule, common_base, drop_gradients, views_like
 from sb3_pgplus.tracing import Known, foreign_method
@@ -26,6 +34,8 @@ if TYPE_CHECKING:
 
 PACKAGE = __name__.partition(".")[0]
 _TOLERANCE = 1e-3
+#: Where products have the eleven bits of TF32, and each library adds them up in an order of its own.
+_TOLERANCE_TF32 = 1e-2
 #: Some ten roundings of float32: a gradient that parameters so much larger change as much is not known any better.
 _ROUNDINGS = 1e-6
 #: Where a clip begins, a loss has a bend: rounding then decides whether a sample has a gradient at all. A function that
@@ -42,6 +52,9 @@ _OUTSIDE_LOSSES = frozenset(
 
 #: Buffers whose minibatches have one layout.
 _BUFFERS = (TorchRolloutBuffer, TorchDictRolloutBuffer)
+
+#: What is set before the first of many minibatches: the update runs, with so many failures in a row.
+_RUNNING = (1.0, 0.0)
 
 LossFunction = Callable[[Any, Any], tuple[th.Tensor, dict[str, th.Tensor]]]
 
@@ -81,6 +94,10 @@ class Gradient(NamedTuple):
     is_stepped: bool = False
 
 
+#: Minibatches of a pass over a rollout, with what an update of each found.
+Minibatches = Iterator[tuple[Any, Gradient]]
+
+
 class Ready(NamedTuple):
     """What an update found, for the next one: nearly always nothing has changed in between."""
 
@@ -109,6 +126,10 @@ class CompiledUpdate:
         self._scheduled = [name for name in hp.scheduled_names() if isinstance(getattr(hp, name), float)]
         # Double precision, so that they act as Python's numbers do.
         self._numbers = [*(float(getattr(hp, name)) for name in self._scheduled), *problem.limits.values()]
+        #: Whether steps are recorded for the device, which then decides itself which of them it makes.
+        self._is_recorded = is_recordable(self._values[0].device)
+        if self._is_recorded:
+            self._numbers.append(problem.owner.max_nonfinite_updates)
         #: With limits and what changes from step to step: an array to write to, and what is passed.
         self._packed = np.zeros(0)
         self._passed = th.zeros(0)
@@ -121,12 +142,75 @@ class CompiledUpdate:
         #: Of the first minibatch, where later ones may have others; our own buffers' are all alike.
         self._shapes: tuple[Hashable, ...] | None = None
 
+    def epochs(self, buffer: TorchRolloutBuffer, n: int, ahead: bool) -> Iterator[Minibatches]:
+        """
+        Passes over a rollout, each a series of minibatches with their gradients. Where steps are recorded, the device
+        has been given the next minibatches before the first of them is looked at.
+
+        :param buffer: the rollout
+        :param n: how many passes
+        :param ahead: nothing else happens between them, so that the device may be given several
+        """
+        size, n_samples = self._problem.batch_size, buffer.buffer_size * buffer.n_envs
+        if n_samples < size or not self._is_kept(buffer):
+            for _ in range(n):
+                yield ((batch, self(batch)) for batch in buffer.get(size))
+            return
+        at_once = n if ahead and n_samples % size == 0 else 1
+        for _ in range(0, n, at_once):
+            yield from self._epochs_ahead(buffer, at_once)
+
+    def _is_kept(self, buffer: TorchRolloutBuffer) -> bool:
+        """Whether the device keeps the function, now if it did not yet."""
+        if not self._is_recorded:
+            return False
+        batch = pick(buffer.whole(), sent(np.arange(self._problem.batch_size), self._values[0].device))
+        self._prepare(batch, _flat_batch(batch))
+        return self._found is not None and self._has_loop()
+
+    def _epochs_ahead(self, buffer: TorchRolloutBuffer, n: int) -> Iterator[Minibatches]:
+        rows, states = [], []
+        for _ in range(n):
+            rows.append(buffer.rows(np.random.permutation(buffer.buffer_size * buffer.n_envs)))
+            states.append(np.random.get_state())
+        minibatches = self._in_turn(buffer.whole(), np.concatenate(rows))
+        for i, state in enumerate(states, start=1):
+            try:
+                yield islice(minibatches, -(-len(rows[0]) // self._problem.batch_size))
+            except GeneratorExit:
+                if i < n:  # an early stop: what was drawn for later passes was not drawn
+                    np.random.set_state(state)
+                raise
+
+    def _in_turn(self, samples: RolloutSamples, rows: np.ndarray[Any, Any]) -> Minibatches:
+        """Minibatch after minibatch. With a finite gradient comes the whole rollout, to save the device work."""
+        size, flat, done = self._problem.batch_size, _flat_batch(samples), 0
+        while done < len(rows):
+            n = self._n_ahead((len(rows) - done) // size)
+            if n:
+                some = rows[done : done + n * size].reshape(n, size)
+                for gradient, own in zip(self._launched(flat, some), some, strict=True):
+                    is_finite = math.isfinite(float(gradient.loss + gradient.norm))
+                    yield samples if is_finite else pick(samples, sent(own, flat[0].device)), gradient
+                done += n * size
+            else:
+                batch = pick(samples, sent(rows[done : done + size], flat[0].device))
+                yield batch, self(batch)
+                done += size
+
+    def _n_ahead(self, n: int) -> int:
+        """How many of the next n minibatches the device can be given at once; they count as calls."""
+        if self._found is None:
+            return 0
+        n = min(n, self._found.n_before_due())
+        self._found.n_calls += n
+        return n
+
     def __call__(self, batch: Any) -> Gradient:
         if len(batch.advantages) != self._problem.batch_size or not self._is_known(batch):
             return self._eager(batch)
         flat = _flat_batch(batch)
-        if not self._looked_up:
-            self._look_up(batch, flat)
+        self._prepare(batch, flat)
         if self._found is None or (self._shapes is not None and shapes(flat) != self._shapes):
             return self._eager(batch)
         return self._checked(batch, flat) if self._found.is_due() else self._run(flat)
@@ -140,9 +224,14 @@ class CompiledUpdate:
 
     # --- finding the compiled function --------------------------------------------------------------------------------
 
+    def _prepare(self, batch: Any, flat: list[th.Tensor]) -> None:
+        """Once, find or make the function for things as they are now."""
+        if not self._looked_up:
+            self._looked_up = True
+            self._look_up(batch, flat)
+            self._record(flat)
+
     def _look_up(self, batch: Any, flat: list[th.Tensor]) -> None:
-        """Find or make the function for things as they are now."""
-        self._looked_up = True
         problem, what = self._problem, (self._unit, self._problem.variant, *self._problem.limits)
         is_stock, self._shapes, key = self._engine.remembered(what, lambda: self._inspected(flat))
         if is_stock and self._take_over(self._engine.ready.get(self._unit), key):
@@ -200,11 +289,12 @@ class CompiledUpdate:
         used_ids = {id(parameter) for parameter in self._used}
         position = {id(value): i for i, value in enumerate(self._values) if id(value) in used_ids}
         positions = [position[id(parameter)] for parameter in self._used]
-        counts, n_numbers = [len(self._values), len(flat), 1], [len(self._scheduled), len(self._problem.limits)]
+        counts = [len(self._values), len(flat), 1, int(self._has_loop())]
+        n_numbers = [len(self._scheduled), len(self._problem.limits), int(self._is_recorded)]
 
         def function(*inputs: th.Tensor) -> list[th.Tensor]:
-            values, samples, (packed,), states = _cut(inputs, counts)
-            scalars, limits, of_step = _cut(packed.unbind(), n_numbers)
+            values, samples, (packed,), control, states = _cut(inputs, counts)
+            scalars, limits, most_failures, of_step = _cut(packed.unbind(), n_numbers)
             hp = _with_tensors(self._problem.hp, dict(zip(self._scheduled, scalars, strict=True)))
             parameters = [values[i] for i in positions]
             loss, diagnostics = self._known.tensors.replaced(
@@ -215,29 +305,38 @@ class CompiledUpdate:
             numbers = th.stack([number.detach().double() for number in (loss, norm, *diagnostics.values())])
             if self._rule is None:
                 return [*gradients, numbers]
-            may_step = _may_step(loss, norm, diagnostics, dict(zip(self._problem.limits, limits, strict=True)))
+            is_finite = th.isfinite(loss.detach() + norm.detach())
+            is_within = _is_within(diagnostics, dict(zip(self._problem.limits, limits, strict=True)))
             with th.no_grad():
                 buffer, *states = states
                 gradient = th.cat([gradient.flatten() for gradient in gradients])
                 new = self._rule.stepped(parameters, gradient, states, of_step)
                 buffer.copy_(gradient)
+                may_step = is_finite & is_within
+                if control:
+                    may_step = may_step & (control[0][0] > 0)
+                    control[0].copy_(_controlled(control[0], is_finite, is_within, most_failures[0]))
                 for old, value in zip([*parameters, *states], new, strict=True):
                     old.copy_(th.where(may_step, value, old))
             return [numbers]
 
-        may_change = [*positions, *range(sum(counts), len(inputs))] if self._rule else []
+        may_change = [*positions, *range(sum(counts[:3]), len(inputs))] if self._rule else []
         examples = [x.detach().requires_grad_(id(x) in used_ids) for x in inputs]
         compiled.call = compile_function(function, examples, may_change)
         return compiled
 
     def _inputs(self, flat: list[th.Tensor]) -> list[th.Tensor]:
-        numbers = [*self._numbers, *self._rule.numbers()] if self._rule else self._numbers
+        numbers = self._all_numbers()
         if len(self._packed) != len(numbers):
             self._packed = np.full(len(numbers), np.nan)
         if self._packed.tolist() != numbers:
             self._packed[:] = numbers  # on a CPU that is all: the tensor is the same memory
             self._passed = th.from_numpy(self._packed).to(self._values[0].device)
-        return [*self._values, *flat, self._passed, *self._states()]
+        control = [self._passed.new_zeros(len(_RUNNING))] if self._has_loop() else []
+        return [*self._values, *flat, self._passed, *control, *self._states()]
+
+    def _all_numbers(self) -> list[float]:
+        return [*self._numbers, *self._rule.numbers()] if self._rule else self._numbers
 
     def _states(self) -> list[th.Tensor]:
         """What the step changes besides the parameters, and where the gradient goes."""
@@ -245,7 +344,47 @@ class CompiledUpdate:
 
     # --- running it ---------------------------------------------------------------------------------------------------
 
+    def _has_loop(self) -> bool:
+        """Whether the device makes one step after the other by itself."""
+        return self._is_recorded and self._rule is not None
+
+    def _record(self, flat: list[th.Tensor]) -> None:
+        """Let the device keep the function for the tensors of now, if it does not already."""
+        if self._found is None or not self._has_loop():
+            return
+        found, states, problem = self._found, self._states(), self._problem
+        buffer = problem.owner.rollout_buffer
+        n = buffer.buffer_size * buffer.n_envs
+        if found.loop is not None and found.loop.is_of(self._values, states, n):
+            return
+        room, numbers = max(1, n // problem.batch_size), self._all_numbers()
+        try:
+            found.loop = RecordedLoop(
+                found.call, self._values, flat, n, room, numbers, _RUNNING, states, 2 + len(found.names)
+            )
+        except Exception as error:  # a kernel that cannot be recorded, or no memory: training goes on without
+            self._give_up(f"it cannot be recorded for the device: {first_line(error)}")
+
+    def _give_up(self, reason: str) -> None:
+        """Run eagerly from now on."""
+        self._engine.reject(self._unit, self._key, reason)
+        self._engine.ready.pop(self._unit, None)
+        self._found = None
+
+    def _launched(self, flat: Sequence[th.Tensor], rows: np.ndarray[Any, Any]) -> list[Gradient]:
+        """Give the device minibatches, ``[n, b]`` rows of samples, and read what became of them."""
+        assert self._found is not None
+        assert self._found.loop is not None
+        control = (_RUNNING[0], self._problem.owner._nonfinite_in_a_row)
+        results = self._found.loop.run(flat, rows, self._all_numbers(), control).tolist()
+        if getattr(self._used[0].grad, "_base", None) is not self._buffer:
+            self._show_gradients()
+        names = self._found.names
+        return [Gradient(loss, norm, dict(zip(names, logged, strict=True)), True) for loss, norm, *logged in results]
+
     def _run(self, flat: list[th.Tensor]) -> Gradient:
+        if self._has_loop():
+            return self._launched(flat, np.arange(self._problem.batch_size)[None])[0]
         assert self._found is not None
         with th.no_grad():
             *gradients, numbers = self._found.call(self._inputs(flat))
@@ -324,14 +463,29 @@ def clip_by_norm(gradients: list[th.Tensor], max_norm: th.Tensor | float | None)
     return [gradient * coefficient for gradient in gradients], norm
 
 
-def _may_step(
-    loss: th.Tensor, norm: th.Tensor, diagnostics: Mapping[str, th.Tensor], limits: Mapping[str, th.Tensor]
-) -> th.Tensor:
-    """The eager update's conditions: loss and norm are finite, and no logged value is above its limit."""
-    may_step = th.isfinite(loss.detach() + norm.detach())
+def _is_within(diagnostics: Mapping[str, th.Tensor], limits: Mapping[str, th.Tensor]) -> th.Tensor | bool:
+    """Whether no logged value is above its limit."""
+    is_within: th.Tensor | bool = True
     for name, limit in limits.items():
-        may_step = may_step & ~(diagnostics[name].detach().double() > limit)
-    return may_step
+        is_within = is_within & ~(diagnostics[name].detach().double() > limit)
+    return is_within
+
+
+def _controlled(
+    control: th.Tensor, is_finite: th.Tensor, is_within: th.Tensor | bool, most_failures: th.Tensor
+) -> th.Tensor:
+    """
+    What the host does between two minibatches, for a device that it is ahead of: nothing is stepped any more after a
+    limit was exceeded, or after too many losses or gradients in a row that were not finite.
+
+    :param control: whether the update still runs, failures in a row, ``[2]``
+    :param is_finite: of this minibatch
+    :param is_within: of this minibatch
+    :param most_failures: so many in a row end the update
+    """
+    is_running, n_failures = control.unbind()
+    n_failures = th.where(is_finite, 0.0, n_failures + 1)
+    return th.stack([is_running * is_within * (n_failures < most_failures), n_failures])
 
 
 def gradient_buffer(parameters: Sequence[nn.Parameter]) -> th.Tensor:
@@ -376,7 +530,10 @@ def agree(gradients: Sequence[th.Tensor | None], wanted: Sequence[th.Tensor | No
     if not all(w is None or bool(w.isfinite().all()) for w in wanted):
         return True  # the guard deals with it
     length = sum(float((w.double() ** 2).sum()) for w in wanted if w is not None) ** 0.5
-    return bool(distance(gradients, wanted) <= _TOLERANCE * length + 1e-7)
+    is_short = any(w is not None and w.is_cuda for w in wanted) and (
+        th.backends.cuda.matmul.allow_tf32 or th.backends.cudnn.allow_tf32
+    )
+    return bool(distance(gradients, wanted) <= (_TOLERANCE_TF32 if is_short else _TOLERANCE) * length + 1e-7)
 
 
 def distance(gradients: Sequence[th.Tensor | None], others: Sequence[th.Tensor | None]) -> float:

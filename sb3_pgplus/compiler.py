@@ -7,6 +7,7 @@ from typing import Any
 
 import torch as th
 
+from sb3_pgplus.device_graphs import RecordedCall, RecordedLoop, TensorFunction, is_recordable
 from sb3_pgplus.interruptions import deferred
 
 #: tanh x ≈ x P(x²)/Q(x²) for |x| ≤ 9, from where on it is 1 in float32: coefficients of ascending powers. The relative
@@ -47,10 +48,6 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-#: A compiled function, of a list of tensors.
-TensorFunction = Callable[[list[th.Tensor]], Sequence[th.Tensor]]
-
-
 class UntraceableError(Exception):
     """Why something cannot be compiled; its message is what the user reads."""
 
@@ -75,14 +72,27 @@ class Compiled:
     n_calls: int = 0
     #: How many of the last comparisons, one after the other, found another result.
     n_disagreements: int = 0
+    #: The function as a device was given it, for tensors in their places of now.
+    loop: RecordedLoop | None = None
+    recorded: RecordedCall | None = None
 
     def is_due(self) -> bool:
         """Count a call; whether this one is to be compared with the eager result."""
+        is_next = self.n_before_due() == 0
         self.n_calls += 1
+        return is_next
+
+    def n_before_due(self) -> int:
+        """How many calls from now on are not to be compared."""
         if self.n_disagreements:
-            return True
-        is_power_of_two = self.n_calls & (self.n_calls - 1) == 0
-        return is_power_of_two if self.n_calls < _CHECK_EVERY else self.n_calls % _CHECK_EVERY == 0
+            return 0
+        following = self.n_calls + 1
+        due = (
+            1 << (following - 1).bit_length()
+            if following < _CHECK_EVERY
+            else -(-following // _CHECK_EVERY) * _CHECK_EVERY
+        )
+        return due - following
 
 
 def compile_function(
@@ -97,7 +107,15 @@ def compile_function(
     :return: the compiled function, of a list of tensors like the inputs
     :raises UntraceableError: if the function's course depends on values, or it changes anything else in place
     """
-    return _compile(_trace(function, inputs, may_change), [tensor.detach() for tensor in inputs])
+    graph = _trace(function, inputs, may_change)
+    try:
+        return _compile(graph, [tensor.detach() for tensor in inputs])
+    except Exception:
+        if not is_recordable(inputs[0].device):
+            raise
+        # Its kernels as they are: what is recorded has no other overhead.
+        plain = _trace(function, inputs, may_change, is_compiled=False)
+        return lambda tensors: plain(*tensors)
 
 
 def compile_in_two(
@@ -129,14 +147,18 @@ def compile_in_two(
 
 
 def _trace(
-    function: Callable[..., Sequence[th.Tensor]], inputs: Sequence[th.Tensor], may_change: Iterable[int]
+    function: Callable[..., Sequence[th.Tensor]],
+    inputs: Sequence[th.Tensor],
+    may_change: Iterable[int],
+    is_compiled: bool = True,
 ) -> th.fx.GraphModule:
     """The function as a graph of operations without side effects, but for copies to what may change."""
     # Imported here: the compiler takes seconds to import, and most runs never need it.
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    table, plain = {**select_decomp_table(), **_DECOMPOSITIONS}, [tensor.detach() for tensor in inputs]
+    table = {**select_decomp_table(), **_DECOMPOSITIONS} if is_compiled else {}
+    plain = [tensor.detach() for tensor in inputs]
     try:
         with deferred():  # an exception in the middle of a trace can end the process: torch has its modes on a stack
             graph = _without_detach(make_fx(function, tracing_mode="fake")(*inputs))
@@ -144,7 +166,7 @@ def _trace(
             functional = th.func.functionalize(graph, remove="mutations")
             graph = make_fx(functional, decomposition_table=table, tracing_mode="fake")(*plain)
     except Exception as error:  # whatever a loss may do that cannot be traced
-        raise UntraceableError(f"it cannot be traced: {_first_line(error)}") from error
+        raise UntraceableError(f"it cannot be traced: {first_line(error)}") from error
     _check_graph(graph, frozenset(may_change))
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -166,7 +188,7 @@ def _compile(graph: th.fx.GraphModule, inputs: Sequence[th.Tensor]) -> TensorFun
         compiled: Any = compile_fx_inner(graph, examples, cpp_wrapper=on_cpu)
         compiled([tensor.clone() for tensor in inputs])  # the first call finishes the compiler's own records
     # What is called from now on, without the records that the compiler keeps of every call.
-    call: TensorFunction = getattr(compiled, "current_callable", None) or compiled
+    call: TensorFunction = (getattr(compiled, "current_callable", None) if on_cpu else None) or compiled
     return call
 
 
@@ -238,5 +260,10 @@ def _check_graph(graph: th.fx.GraphModule, may_change: frozenset[int]) -> None:
             raise UntraceableError(f"it changes a tensor in place ({node.target})")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """
+    The beginning of an error's message, for a report.
+
+    :param error: any
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

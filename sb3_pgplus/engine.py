@@ -25,8 +25,9 @@ from sb3_pgplus.compiled_update import (
     shapes,
     unflat_observations,
 )
-from sb3_pgplus.compiler import Compiled, UntraceableError, compile_function, compile_in_two
+from sb3_pgplus.compiler import Compiled, UntraceableError, compile_function, compile_in_two, first_line
 from sb3_pgplus.core.natural_gradient import MatVec, fisher_vector_product
+from sb3_pgplus.device_graphs import RecordedCall, TensorFunction, is_recordable
 from sb3_pgplus.errors import warn_user
 from sb3_pgplus.guards import broken_policy, without_distribution_checks
 from sb3_pgplus.optimizers import has_own_zero_grad
@@ -230,8 +231,7 @@ class Engine:
             self.reject(unit, key, str(error))
             return None
         except Exception as error:  # no C++ compiler, for example: training goes on without
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.reject(unit, key, f"the compiler failed: {first_line[:200]}")
+            self.reject(unit, key, f"the compiler failed: {first_line(error)}")
             return None
         return versions[key]
 
@@ -292,7 +292,12 @@ class Engine:
         found = self.version(unit, key, lambda: _compile_policy_step(policy, known.tensors, observations, draws))
         if found is None:
             return eager
-        return _PolicyStep(found, policy, known.tensors.values, flat, draws, self._inspected["policy",][0])
+        snapshot = self._inspected["policy",][0]
+        try:
+            return _PolicyStep(found, policy, known.tensors.values, flat, draws, snapshot)
+        except Exception as error:  # a kernel that cannot be recorded, or no memory: training goes on without
+            self.reject(unit, key, f"it cannot be recorded for the device: {first_line(error)}")
+            return eager
 
     # --- products with the Fisher matrix ------------------------------------------------------------------------------
 
@@ -364,6 +369,17 @@ class _PolicyStep:
         self._compiled, self._policy, self._tensors, self._draws = compiled, policy, tensors, draws
         self._shapes, self._snapshot = shapes(example), snapshot
         self._noise: list[th.Tensor] = []
+        self._call: TensorFunction = compiled.call
+        if is_recordable(example[0].device):
+            self._call = self._recorded(example)
+
+    def _recorded(self, example: list[th.Tensor]) -> RecordedCall:
+        """The function as the device keeps it for the tensors of now."""
+        found = self._compiled.recorded
+        if found is None or not found.is_of(self._tensors):
+            inputs = [*self._tensors, *example, *_examples_of(self._draws, example)]
+            found = self._compiled.recorded = RecordedCall(self._compiled.call, inputs, len(self._tensors))
+        return found
 
     def __call__(self, observations: Any) -> tuple[th.Tensor, ...]:
         flat = flat_observations(observations)
@@ -372,7 +388,7 @@ class _PolicyStep:
             return result
         self._compiled.n_calls += 1
         self._noise = [draw() for draw in self._draws]
-        return tuple(self._compiled.call([*self._tensors, *flat, *self._noise]))
+        return tuple(self._call([*self._tensors, *flat, *self._noise]))
 
     def values(self, observations: Any) -> th.Tensor:
         """V of as many observations as a step has, ``[N, 1]``; the noise of the last step serves, none is drawn."""
@@ -380,7 +396,7 @@ class _PolicyStep:
         if shapes(flat) != self._shapes or not self._noise:
             values: th.Tensor = self._policy.predict_values(observations)
             return values
-        return self._compiled.call([*self._tensors, *flat, *self._noise])[1]
+        return self._call([*self._tensors, *flat, *self._noise])[1]
 
     def is_outdated(self) -> bool:
         """Whether the policy's modules are no longer what they were when this was made."""
@@ -403,8 +419,7 @@ def _compile_policy_step(policy: Any, tensors: Tensors, observations: Any, draws
         return results
 
     inputs = [*tensors.values, *flat_observations(observations)]
-    with th.random.fork_rng({x.device.index for x in inputs if x.is_cuda}):  # examples must not move the random stream
-        example = [*inputs, *(draw() for draw in draws)]
+    example = [*inputs, *_examples_of(draws, inputs)]
     before = dict(vars(policy.action_dist))
     try:
         with without_distribution_checks(), th.no_grad():
@@ -412,6 +427,12 @@ def _compile_policy_step(policy: Any, tensors: Tensors, observations: Any, draws
     finally:  # a trace leaves the distribution of tensors that have no values
         vars(policy.action_dist).clear()
         vars(policy.action_dist).update(before)
+
+
+def _examples_of(draws: list[Draw], inputs: list[th.Tensor]) -> list[th.Tensor]:
+    """Noise like that of a step, without moving the random stream."""
+    with th.random.fork_rng({x.device.index for x in inputs if x.is_cuda}):
+        return [draw() for draw in draws]
 
 
 class _FisherProduct:

@@ -12,6 +12,8 @@ import numpy as np
 import torch as th
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from sb3_pgplus.device_graphs import is_recordable
+
 
 def fuse(optimizer: th.optim.Optimizer) -> None:
     """
@@ -24,7 +26,7 @@ def fuse(optimizer: th.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         chosen = any(group[name] for name in ("capturable", "differentiable", "amsgrad"))
         chosen |= any(group[name] is not None for name in ("fused", "foreach"))
-        plain = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"])
+        plain = all([p.is_floating_point() and (p.is_cpu or is_recordable(p.device)) for p in group["params"]])
         if plain and not chosen:
             group["fused"] = True
 
@@ -224,8 +226,6 @@ _STATE_OF: dict[type[th.optim.Optimizer], tuple[str, ...]] = {
     th.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
     th.optim.RMSprop: ("step", "square_avg"),
 }
-#: Elsewhere, counters and parameters are not in one place.
-_ON_CPU = {("cpu", th.float32), ("cpu", th.float64)}
 #: Entries of a parameter group that are no settings of the step's formula.
 _NO_SETTINGS = ("params", "lr", "initial_lr")
 
@@ -258,6 +258,8 @@ class StepRule:
         self._views: list[th.Tensor] = []
         self._places: list[int] = []
         self._layout = self._layout_of_parameters()
+        #: Whether steps are recorded: nobody outside then knows how many there were.
+        self._is_recorded = is_recordable(self._parameters[0].device)
 
     def _layout_of_parameters(self) -> list[Any]:
         """Which parameters there are in which group, and where those that are stepped lie."""
@@ -275,8 +277,10 @@ class StepRule:
         for group in optimizer.param_groups:
             if not isinstance(group["lr"], float) or _settings(group) != self._settings:
                 return False
-        if type(optimizer) is th.optim.Adam and not (self._counts == self._counts[0]).all():
-            return False  # its numbers are for all
+        if type(optimizer) is th.optim.Adam:
+            counts = self._joined[0].cpu().numpy() if self._is_recorded else self._counts
+            if not (counts == counts[0]).all():
+                return False  # its numbers are for all
         return self._layout == self._layout_of_parameters()
 
     def _states_stay(self) -> bool:
@@ -307,16 +311,17 @@ class StepRule:
         if any(other != settings[0] for other in settings) or settings[0]["weight_decay"] or settings[0]["maximize"]:
             return None
         index = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-        like = {(p.device.type, p.dtype) for p in parameters}
+        like = {(p.device, p.dtype) for p in parameters}
         plain = all(id(p) in index and p.is_contiguous() for p in parameters)
-        if len(like) != 1 or not like <= _ON_CPU or not plain or _overlap(parameters):
+        if len(like) != 1 or not plain or not _has_kernels(parameters[0]) or _overlap(parameters):
             return None
         for parameter in parameters:
-            if not optimizer.state.get(parameter):
+            state = optimizer.state[parameter]
+            if not state:
                 is_double = kind is th.optim.RMSprop and th.get_default_dtype() is th.float64  # as torch has them
-                counter = th.zeros((), dtype=th.float64 if is_double else th.float32)
-                moments = {name: th.zeros_like(parameter.detach()) for name in _STATE_OF[kind][1:]}
-                optimizer.state[parameter] = {"step": counter, **moments}
+                state["step"] = th.zeros((), dtype=th.float64 if is_double else th.float32)
+                state |= {name: th.zeros_like(parameter.detach()) for name in _STATE_OF[kind][1:]}
+            state["step"] = state["step"].to(parameter.device)  # torch's RMSprop counts on the CPU, and takes either
         if kind is th.optim.Adam and len({float(optimizer.state[p]["step"]) for p in parameters}) > 1:
             return None  # its numbers below are for all
         group_of = tuple([index[id(p)] for p in parameters])
@@ -332,7 +337,7 @@ class StepRule:
         if not self._joined or any([o["step"] is not c for o, c in zip(self._owners, self._counters, strict=True)]):
             self._joined = [joined(self._owners, name) for name in _STATE_OF[type(self._optimizer)]]
             self._counters = [owner["step"] for owner in self._owners]
-            self._counts = self._joined[0].numpy()
+            self._counts = np.zeros(0) if self._is_recorded else self._joined[0].numpy()
             self._views = [owner[name] for name in _STATE_OF[type(self._optimizer)] for owner in self._owners]
             self._places = [view.data_ptr() for view in self._views]
         return self._joined
@@ -340,10 +345,11 @@ class StepRule:
     def numbers(self) -> list[float]:
         """
         What changes from step to step: of each group ``lr``, for Adam ``lr/(1−β₁ⁿ)`` in its place and ``√(1−β₂ⁿ)``.
-        They are computed here because a compiled loop would take powers for every few elements.
+        They are computed here because a compiled loop would take powers for every few elements; where steps are
+        recorded, these are the rates alone.
         """
         rates = [group["lr"] for group in self._optimizer.param_groups]
-        if type(self._optimizer) is not th.optim.Adam:
+        if type(self._optimizer) is not th.optim.Adam or self._is_recorded:
             return rates
         self.states()
         (beta1, beta2), count = self._settings["betas"], 1 + float(self._counts[0])
@@ -367,6 +373,9 @@ class StepRule:
         settings, dtype, (counts, *moments) = self._settings, gradient.dtype, states
         if type(self._optimizer) is th.optim.Adam:
             beta1, beta2 = settings["betas"]
+            if self._is_recorded:
+                n = counts[0].double() + 1
+                numbers = [*(rate / (1 - beta1**n) for rate in numbers), (1 - beta2**n).sqrt()]
             mean = moments[0] + (1 - beta1) * (gradient - moments[0])
             square = beta2 * moments[1] + (1 - beta2) * gradient * gradient
             root, moments = square.sqrt() / numbers[-1].to(dtype), [mean, square]
@@ -381,6 +390,11 @@ class StepRule:
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in _NO_SETTINGS}
+
+
+def _has_kernels(tensor: th.Tensor) -> bool:
+    """Whether steps on tensors of its device and type can be compiled or recorded."""
+    return tensor.dtype in (th.float32, th.float64) and (tensor.is_cpu or is_recordable(tensor.device))
 
 
 def _overlap(tensors: Sequence[th.Tensor]) -> bool:

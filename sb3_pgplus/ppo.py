@@ -2,7 +2,8 @@
 Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.06347) with all implementation tricks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar, cast
@@ -11,7 +12,7 @@ import torch as th
 
 from sb3_pgplus import presets
 from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer
-from sb3_pgplus.compiled_update import Gradient
+from sb3_pgplus.compiled_update import Gradient, Minibatches
 from sb3_pgplus.core import losses
 from sb3_pgplus.hparams import PPOHparams
 from sb3_pgplus.metrics import Metrics
@@ -74,29 +75,36 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
 
     def update(self, hp: PPOHparams, metrics: Metrics) -> None:
         """Epochs of minibatch steps, ended early by ``target_kl``; then the critic's further epochs."""
-        n_critic_epochs = hp.n_epochs if hp.n_critic_epochs is None else hp.n_critic_epochs
         if hp.kl_coef is not None:
             self._store_old_distribution()
         settings, hp = hp, self._with_adapted_kl_coef(hp)
-        with_critic, without_critic = (self._loss_gradient(hp, choice) for choice in (True, False))
-        for epoch in range(hp.n_epochs):
-            if epoch > 0 and isinstance(self.rollout_buffer, TorchRolloutBuffer) and self._recomputes(hp):
-                self._recompute_advantages(self.rollout_buffer, hp)
-            metrics.restart("train/approx_kl")
-            with self._threads_for(hp.batch_size):
-                finished = self._epoch(hp, metrics, with_critic if epoch < n_critic_epochs else without_critic)
-            self._n_updates += 1
-            if not finished:
-                if self.verbose >= 1:
-                    print(f"Early stopping at epoch {epoch}: the KL exceeds 1.5 times target_kl = {hp.target_kl}")
-                break
-            if hp.desired_kl is not None:
-                self._adapt_learning_rate(hp.desired_kl)
+        with closing(self._passes(hp)) as passes:
+            for epoch in range(hp.n_epochs):
+                if epoch > 0 and isinstance(self.rollout_buffer, TorchRolloutBuffer) and self._recomputes(hp):
+                    self._recompute_advantages(self.rollout_buffer, hp)
+                metrics.restart("train/approx_kl")
+                with self._threads_for(hp.batch_size):
+                    finished = self._epoch(hp, metrics, next(passes))
+                self._n_updates += 1
+                if not finished:
+                    if self.verbose >= 1:
+                        print(f"Early stopping at epoch {epoch}: the KL exceeds 1.5 times target_kl = {hp.target_kl}")
+                    break
+                if hp.desired_kl is not None:
+                    self._adapt_learning_rate(hp.desired_kl)
         if hp.n_critic_epochs is not None:
             self._fit_critic_further(hp, metrics, n_done=epoch + finished)
         if hp.adaptive_kl_target is not None:
             self._adapt_kl_coef(hp.adaptive_kl_target)
         self._log_settings(settings, epoch + 1)
+
+    def _passes(self, hp: PPOHparams) -> Generator[Minibatches, None, None]:
+        """The epochs: those that the critic takes part in, then those that it does not."""
+        shared = hp.n_epochs if hp.n_critic_epochs is None else min(hp.n_epochs, hp.n_critic_epochs)
+        ahead = hp.desired_kl is None and not self._recomputes(hp)
+        for with_critic, n in ((True, shared), (False, hp.n_epochs - shared)):
+            if n:
+                yield from self._epochs(self._loss_gradient(hp, with_critic), hp.batch_size, n, ahead)
 
     def _recomputes(self, hp: PPOHparams) -> bool:
         """``"auto"`` is on wherever it can be, and leaves alone what a callback put in the buffer."""
@@ -121,15 +129,14 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         limits = {} if hp.target_kl is None else {"train/approx_kl": 1.5 * hp.target_kl}
         return self._gradient_of("update", loss, hp, parameters, hp.batch_size, variant=with_critic, limits=limits)
 
-    def _epoch(self, hp: PPOHparams, metrics: Metrics, gradient_of: Callable[[RolloutSamples], Gradient]) -> bool:
+    def _epoch(self, hp: PPOHparams, metrics: Metrics, minibatches: Minibatches) -> bool:
         """
         One pass over the rollout.
 
+        :param minibatches: with their gradients
         :return: False if the KL exceeded 1.5 times ``target_kl``, before that minibatch's step (SB3's meaning)
         """
-        # SB3's buffers hand out the same fields but `old_distribution`, which they are not asked for.
-        for batch in cast(Iterator[RolloutSamples], self.rollout_buffer.get(hp.batch_size)):
-            gradient = gradient_of(batch)
+        for batch, gradient in minibatches:
             metrics.add(gradient.diagnostics)
             if hp.target_kl is not None and float(gradient.diagnostics["train/approx_kl"]) > 1.5 * hp.target_kl:
                 return False

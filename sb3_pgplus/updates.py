@@ -1,8 +1,10 @@
 """The part of the base class that changes parameters: one gradient step, the critic's own epochs, what is logged."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Generator, Hashable, Mapping
+from contextlib import closing
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -11,7 +13,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer, double, has_stock_sampling, stored_array
-from sb3_pgplus.compiled_update import Gradient, GradientProblem, LossFunction
+from sb3_pgplus.compiled_update import CompiledUpdate, Gradient, GradientProblem, LossFunction, Minibatches
 from sb3_pgplus.core.advantages import normalize
 from sb3_pgplus.core.losses import clipped_value_loss, explained_variance, value_clip_fraction, value_loss
 from sb3_pgplus.core.running_stats import moments_of
@@ -108,6 +110,25 @@ class GradientUpdates(_Base):
         )
         return self._engine.gradient(unit, problem, partial(self._eager_gradient, loss, hp, parameters))
 
+    def _epochs(
+        self, gradient_of: Callable[[Any], Gradient], batch_size: int, n: int, ahead: bool = True
+    ) -> Generator[Minibatches, None, None]:
+        """
+        Passes over the rollout, each a series of minibatches with their gradients. Close it as soon as you are done.
+
+        :param gradient_of: result of :meth:`_gradient_of`
+        :param batch_size: samples of a minibatch
+        :param n: how many passes
+        :param ahead: nothing else happens between them
+        """
+        buffer: Any = self.rollout_buffer
+        if isinstance(gradient_of, CompiledUpdate) and has_stock_sampling(buffer):
+            yield from gradient_of.epochs(buffer, n, ahead)
+            return
+        for _ in range(n):
+            # SB3's buffers hand out the same fields but `old_distribution`, which they are not asked for.
+            yield ((batch, gradient_of(batch)) for batch in buffer.get(batch_size))
+
     def _trained_parameters(self) -> list[nn.Parameter]:
         return self._engine.remembered("parameters", lambda: trained_parameters(self.policy))
 
@@ -194,10 +215,10 @@ class GradientUpdates(_Base):
             return critic_loss(self.policy.predict_values(batch.observations).flatten(), batch, hp)
 
         gradient_of = self._gradient_of("critic update", loss_of, hp, own, hp.batch_size)
-        for batch in (batch for _ in range(n_epochs) for batch in buffer.get(hp.batch_size)):
-            gradient = gradient_of(batch)
-            self._apply(gradient, batch)
-            metrics.add(gradient.diagnostics)
+        with closing(self._epochs(gradient_of, hp.batch_size, n_epochs)) as passes:
+            for batch, gradient in chain.from_iterable(passes):
+                self._apply(gradient, batch)
+                metrics.add(gradient.diagnostics)
 
     def _fit_stock_critic(
         self,

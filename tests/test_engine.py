@@ -1130,8 +1130,8 @@ def test_steps_of_a_rollout_look_at_the_policy_only_where_a_callback_may_change_
     still_holds = Snapshot.still_holds
     monkeypatch.setattr(Snapshot, "still_holds", counting)
     model.learn(ITERATION, callback=callback)
-    # Once for the compiled step, and once each for the loss with and without the critic's part.
-    assert n_looks == 3 + looks_per_rollout
+    # Once for the compiled step, and once for the loss.
+    assert n_looks == 2 + looks_per_rollout
 
 
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
