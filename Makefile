@@ -9,7 +9,7 @@ ALGO = ppoplus
 ENV = HalfCheetah-v5
 STEPS = 1000000
 SEED = 0
-# Anything to append to the command behind train, benchmark, test, conformance or learning.
+# Anything to append to the command behind train, benchmark, test, test-device, conformance or learning.
 ARGS =
 
 PYTHON = python3
@@ -76,6 +76,10 @@ pytest: test
 .PHONY: conformance
 conformance: $(STAMP) ## all of SB3's own test-suite on our classes (long)
 	$(LIMIT_THREADS) $(BIN)/python -m pytest -m conformance tests/conformance -s $(ARGS)
+
+.PHONY: test-device
+test-device: $(STAMP) ## trainings on a stand-in for a GPU, and on the GPU where there is one (minutes)
+	$(LIMIT_THREADS) $(BIN)/python -m pytest -m "device or not slow" tests/device tests/test_device_graphs.py $(ARGS)
 
 .PHONY: learning
 learning: $(STAMP) ## does it learn? several seeds on several environments (hours)
