@@ -91,12 +91,44 @@ class DictTask(gym.Env[Any, Any]):
         return {"a": self.np_random.uniform(-1, 1, 3).astype(np.float32), "b": int(self.np_random.integers(4))}
 
 
+def on_device(device: str) -> Any:
+    """Environments whose tensors are on the device: positions that actions move, ended beyond ±2, cut after 5 steps."""
+    from sb3_pgplus.vec_env.tensors import TensorStep, TensorVecEnv
+
+    class Walk(TensorVecEnv):
+        def __init__(self) -> None:
+            super().__init__(4, spaces.Box(-10, 10, (2,)), spaces.Box(-1, 1, (1,)), device)
+            self.random = np.random.default_rng(0)
+
+        def reset_tensors(self, seed: int | None) -> Any:
+            self.position, self.t = self._start(), th.zeros(4, device=device)
+            return self._observe()
+
+        def _start(self) -> th.Tensor:
+            return th.as_tensor(self.random.uniform(-0.5, 0.5, 4), dtype=th.float32).to(device)
+
+        def _observe(self) -> th.Tensor:
+            return th.stack([self.position, self.t], dim=1)
+
+        def step_tensors(self, actions: th.Tensor) -> TensorStep:
+            assert actions.device.type == th.device(device).type, actions.device
+            self.position, self.t = self.position + actions.reshape(4).float(), self.t + 1
+            final, terminated, truncated = self._observe(), self.position.abs() > 2, self.t >= 5
+            rewards, dones = -self.position.abs(), terminated | truncated
+            self.position = th.where(dones, self._start(), self.position)
+            self.t = th.where(dones, th.zeros_like(self.t), self.t)
+            return TensorStep(self._observe(), rewards, terminated, truncated, final)
+
+    return Walk()
+
+
 def trained(device: str, algorithm: Any, env: Any, **settings: Any) -> Any:
     """Three rollouts, a file, and another one by the model that was loaded from it."""
     from sb3_pgplus import make_vec_env
 
     policy = "MultiInputPolicy" if env is DictTask else "MlpPolicy"
-    model = algorithm(policy, make_vec_env(env, 4, seed=0), seed=0, device=device, **settings)
+    envs = on_device(device) if env == "tensors" else make_vec_env(env, 4, seed=0)
+    model = algorithm(policy, envs, seed=0, device=device, **settings)
     model.learn(3 * model.n_steps * 4)
     file = io.BytesIO()
     model.save(file)
@@ -142,6 +174,8 @@ def cases() -> dict[str, Callable[[], None]]:
         "PPOPlus, KL": (PPOPlus, "Pendulum-v1", ppo | {"target_kl": 0.003, "desired_kl": 0.01}),
         "PPOPlus, penalty": (PPOPlus, "Pendulum-v1", ppo | {"kl_coef": 0.5, "adaptive_kl_target": 0.01}),
         "PPOPlus, targets": (PPOPlus, "Pendulum-v1", ppo | {"normalize_value_targets": True}),
+        "PPOPlus, tensors": (PPOPlus, "tensors", ppo),
+        "A2CPlus, tensors": (A2CPlus, "tensors", {"n_steps": 8}),
         "A2CPlus": (A2CPlus, "Pendulum-v1", {"n_steps": 8}),
         "A2CPlus, Adam": (A2CPlus, DictTask, {"n_steps": 8, "use_rms_prop": False}),
         "TRPOPlus": (TRPOPlus, "Pendulum-v1", {"n_steps": 32, "batch_size": 32, "n_critic_updates": 3}),
