@@ -34,15 +34,17 @@ if TYPE_CHECKING:
 
 PACKAGE = __name__.partition(".")[0]
 _TOLERANCE = 1e-3
-#: Where products have the eleven bits of TF32, and each library adds them up in an order of its own.
-_TOLERANCE_TF32 = 1e-2
+#: On a GPU, where convolutions have the eleven bits of TF32, and each library adds them up in an order of its own.
+_TOLERANCE_ON_CUDA = 1e-2
 #: Some ten roundings of float32: a gradient that parameters so much larger change as much is not known any better.
 _ROUNDINGS = 1e-6
 #: Where a clip begins, a loss has a bend: rounding then decides whether a sample has a gradient at all. A function that
 #: is wrong is so for the next minibatches, too.
 _MOST_DISAGREEMENTS = 3
 #: What stands between a gradient and its step: where somebody has changed it, the step is left to it.
-_STEP_METHODS = ("train", "update", "_epoch", "_fit_critic", "_apply")
+_STEP_METHODS = ("train", "update", "_epoch", "_fit_critic", "_apply", "_count_nonfinite")
+#: After so many recordings of a function its tensors keep moving, and it is only called.
+_MOST_RECORDINGS = 8
 
 #: Hyperparameters that are about rollouts, targets or how often the losses are taken, and enter none of them.
 _OUTSIDE_LOSSES = frozenset(
@@ -52,9 +54,6 @@ _OUTSIDE_LOSSES = frozenset(
 
 #: Buffers whose minibatches have one layout.
 _BUFFERS = (TorchRolloutBuffer, TorchDictRolloutBuffer)
-
-#: What is set before the first of many minibatches: the update runs, with so many failures in a row.
-_RUNNING = (1.0, 0.0)
 
 LossFunction = Callable[[Any, Any], tuple[th.Tensor, dict[str, th.Tensor]]]
 
@@ -166,7 +165,7 @@ class CompiledUpdate:
             return False
         batch = pick(buffer.whole(), sent(np.arange(self._problem.batch_size), self._values[0].device))
         self._prepare(batch, _flat_batch(batch))
-        return self._found is not None and self._has_loop()
+        return self._loop(_flat_batch(batch)) is not None
 
     def _epochs_ahead(self, buffer: TorchRolloutBuffer, n: int) -> Iterator[Minibatches]:
         rows, states = [], []
@@ -187,9 +186,11 @@ class CompiledUpdate:
         size, flat, done = self._problem.batch_size, _flat_batch(samples), 0
         while done < len(rows):
             n = self._n_ahead((len(rows) - done) // size)
-            if n:
+            loop = self._loop([tensor[:size] for tensor in flat]) if n else None
+            if loop is not None and self._found is not None:
+                self._found.n_calls += n
                 some = rows[done : done + n * size].reshape(n, size)
-                for gradient, own in zip(self._launched(flat, some), some, strict=True):
+                for gradient, own in zip(self._launched(loop, flat, some), some, strict=True):
                     is_finite = math.isfinite(float(gradient.loss + gradient.norm))
                     yield samples if is_finite else pick(samples, sent(own, flat[0].device)), gradient
                 done += n * size
@@ -199,18 +200,16 @@ class CompiledUpdate:
                 done += size
 
     def _n_ahead(self, n: int) -> int:
-        """How many of the next n minibatches the device can be given at once; they count as calls."""
-        if self._found is None:
-            return 0
-        n = min(n, self._found.n_before_due())
-        self._found.n_calls += n
-        return n
+        """How many of the next n minibatches are not to be compared with the eager update."""
+        return 0 if self._found is None else min(n, self._found.n_before_due())
 
     def __call__(self, batch: Any) -> Gradient:
         if len(batch.advantages) != self._problem.batch_size or not self._is_known(batch):
             return self._eager(batch)
         flat = _flat_batch(batch)
         self._prepare(batch, flat)
+        if self._is_recorded:
+            self._loop(flat)
         if self._found is None or (self._shapes is not None and shapes(flat) != self._shapes):
             return self._eager(batch)
         return self._checked(batch, flat) if self._found.is_due() else self._run(flat)
@@ -229,7 +228,6 @@ class CompiledUpdate:
         if not self._looked_up:
             self._looked_up = True
             self._look_up(batch, flat)
-            self._record(flat)
 
     def _look_up(self, batch: Any, flat: list[th.Tensor]) -> None:
         problem, what = self._problem, (self._unit, self._problem.variant, *self._problem.limits)
@@ -289,7 +287,7 @@ class CompiledUpdate:
         used_ids = {id(parameter) for parameter in self._used}
         position = {id(value): i for i, value in enumerate(self._values) if id(value) in used_ids}
         positions = [position[id(parameter)] for parameter in self._used]
-        counts = [len(self._values), len(flat), 1, int(self._has_loop())]
+        counts = [len(self._values), len(flat), 1, int(self._is_gated())]
         n_numbers = [len(self._scheduled), len(self._problem.limits), int(self._is_recorded)]
 
         def function(*inputs: th.Tensor) -> list[th.Tensor]:
@@ -311,11 +309,12 @@ class CompiledUpdate:
                 buffer, *states = states
                 gradient = th.cat([gradient.flatten() for gradient in gradients])
                 new = self._rule.stepped(parameters, gradient, states, of_step)
-                buffer.copy_(gradient)
                 may_step = is_finite & is_within
                 if control:
-                    may_step = may_step & (control[0][0] > 0)
+                    is_running = control[0][0] > 0
+                    may_step, gradient = may_step & is_running, th.where(is_running, gradient, buffer)
                     control[0].copy_(_controlled(control[0], is_finite, is_within, most_failures[0]))
+                buffer.copy_(gradient)
                 for old, value in zip([*parameters, *states], new, strict=True):
                     old.copy_(th.where(may_step, value, old))
             return [numbers]
@@ -332,8 +331,12 @@ class CompiledUpdate:
         if self._packed.tolist() != numbers:
             self._packed[:] = numbers  # on a CPU that is all: the tensor is the same memory
             self._passed = th.from_numpy(self._packed).to(self._values[0].device)
-        control = [self._passed.new_zeros(len(_RUNNING))] if self._has_loop() else []
+        control = [th.tensor(self._control(), dtype=th.float64, device=self._passed.device)] if self._is_gated() else []
         return [*self._values, *flat, self._passed, *control, *self._states()]
+
+    def _control(self) -> tuple[float, float]:
+        """The update runs, after so many failures in a row."""
+        return 1.0, float(self._problem.owner._nonfinite_in_a_row)
 
     def _all_numbers(self) -> list[float]:
         return [*self._numbers, *self._rule.numbers()] if self._rule else self._numbers
@@ -344,26 +347,29 @@ class CompiledUpdate:
 
     # --- running it ---------------------------------------------------------------------------------------------------
 
-    def _has_loop(self) -> bool:
-        """Whether the device makes one step after the other by itself."""
+    def _is_gated(self) -> bool:
+        """Whether the function decides itself which steps it makes, because the host is not asked between them."""
         return self._is_recorded and self._rule is not None
 
-    def _record(self, flat: list[th.Tensor]) -> None:
-        """Let the device keep the function for the tensors of now, if it does not already."""
-        if self._found is None or not self._has_loop():
-            return
-        found, states, problem = self._found, self._states(), self._problem
-        buffer = problem.owner.rollout_buffer
-        n = buffer.buffer_size * buffer.n_envs
+    def _loop(self, flat: Sequence[th.Tensor]) -> RecordedLoop | None:
+        """The function as the device keeps it for the tensors of now, recorded if need be, and if it can be."""
+        found = self._found
+        if found is None or not self._is_gated() or not all([tensor.is_contiguous() for tensor in flat]):
+            return None
+        buffer, states, size = self._problem.owner.rollout_buffer, self._states(), self._problem.batch_size
+        n = max(size, buffer.buffer_size * buffer.n_envs)
         if found.loop is not None and found.loop.is_of(self._values, states, n):
-            return
-        room, numbers = max(1, n // problem.batch_size), self._all_numbers()
+            return found.loop
+        found.loop, room, n_results = None, n // size, 2 + len(found.names)
+        if found.n_recordings == _MOST_RECORDINGS:
+            return None
+        found.n_recordings += 1
+        numbers, control = self._all_numbers(), self._control()
         try:
-            found.loop = RecordedLoop(
-                found.call, self._values, flat, n, room, numbers, _RUNNING, states, 2 + len(found.names)
-            )
+            found.loop = RecordedLoop(found.call, self._values, flat, n, room, numbers, control, states, n_results)
         except Exception as error:  # a kernel that cannot be recorded, or no memory: training goes on without
             self._give_up(f"it cannot be recorded for the device: {first_line(error)}")
+        return found.loop
 
     def _give_up(self, reason: str) -> None:
         """Run eagerly from now on."""
@@ -371,21 +377,22 @@ class CompiledUpdate:
         self._engine.ready.pop(self._unit, None)
         self._found = None
 
-    def _launched(self, flat: Sequence[th.Tensor], rows: np.ndarray[Any, Any]) -> list[Gradient]:
+    def _launched(self, loop: RecordedLoop, flat: Sequence[th.Tensor], rows: np.ndarray[Any, Any]) -> list[Gradient]:
         """Give the device minibatches, ``[n, b]`` rows of samples, and read what became of them."""
-        assert self._found is not None
-        assert self._found.loop is not None
-        control = (_RUNNING[0], self._problem.owner._nonfinite_in_a_row)
-        results = self._found.loop.run(flat, rows, self._all_numbers(), control).tolist()
+        results = loop.run(flat, rows, self._all_numbers(), self._control()).tolist()
         if getattr(self._used[0].grad, "_base", None) is not self._buffer:
             self._show_gradients()
-        names = self._found.names
-        return [Gradient(loss, norm, dict(zip(names, logged, strict=True)), True) for loss, norm, *logged in results]
+        return [self._gradient_of(numbers) for numbers in results]
+
+    def _gradient_of(self, numbers: list[float]) -> Gradient:
+        assert self._found is not None
+        loss, norm, *logged = numbers
+        return Gradient(loss, norm, dict(zip(self._found.names, logged, strict=True)), self._rule is not None)
 
     def _run(self, flat: list[th.Tensor]) -> Gradient:
-        if self._has_loop():
-            return self._launched(flat, np.arange(self._problem.batch_size)[None])[0]
         assert self._found is not None
+        if self._found.loop is not None:
+            return self._launched(self._found.loop, flat, np.arange(self._problem.batch_size)[None])[0]
         with th.no_grad():
             *gradients, numbers = self._found.call(self._inputs(flat))
         if self._rule is None:
@@ -395,8 +402,7 @@ class CompiledUpdate:
                 parameter.grad = gradient
         elif getattr(self._used[0].grad, "_base", None) is not self._buffer:
             self._show_gradients()  # an eager minibatch, or one that was not finite, came between
-        loss, norm, *logged = numbers.tolist()
-        return Gradient(loss, norm, dict(zip(self._found.names, logged, strict=True)), self._rule is not None)
+        return self._gradient_of(numbers.tolist())
 
     def _show_gradients(self) -> None:
         """Let the parameters' gradients be those of the compiled function."""
@@ -530,10 +536,8 @@ def agree(gradients: Sequence[th.Tensor | None], wanted: Sequence[th.Tensor | No
     if not all(w is None or bool(w.isfinite().all()) for w in wanted):
         return True  # the guard deals with it
     length = sum(float((w.double() ** 2).sum()) for w in wanted if w is not None) ** 0.5
-    is_short = any(w is not None and w.is_cuda for w in wanted) and (
-        th.backends.cuda.matmul.allow_tf32 or th.backends.cudnn.allow_tf32
-    )
-    return bool(distance(gradients, wanted) <= (_TOLERANCE_TF32 if is_short else _TOLERANCE) * length + 1e-7)
+    is_on_cuda = any(w is not None and w.is_cuda for w in wanted)
+    return bool(distance(gradients, wanted) <= (_TOLERANCE_ON_CUDA if is_on_cuda else _TOLERANCE) * length + 1e-7)
 
 
 def distance(gradients: Sequence[th.Tensor | None], others: Sequence[th.Tensor | None]) -> float:

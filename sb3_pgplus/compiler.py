@@ -74,6 +74,8 @@ class Compiled:
     n_disagreements: int = 0
     #: The function as a device was given it, for tensors in their places of now.
     loop: RecordedLoop | None = None
+    #: How often it was given.
+    n_recordings: int = 0
     recorded: RecordedCall | None = None
 
     def is_due(self) -> bool:
@@ -183,7 +185,9 @@ def _compile(graph: th.fx.GraphModule, inputs: Sequence[th.Tensor]) -> TensorFun
     on_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
     context = th._guards.TracingContext(examples[0].fake_mode)
     # Without the pattern matcher, which would join again what _DECOMPOSITIONS took apart.
-    settings = config.patch(cpp_wrapper=on_cpu, size_asserts=False, pattern_matcher=False)
+    # Without CUDA graphs of its own: the whole call becomes a part of one.
+    options = {"cpp_wrapper": on_cpu, "size_asserts": False, "pattern_matcher": False, "triton.cudagraphs": False}
+    settings = config.patch(options)
     with th._guards.tracing(context), settings, th.no_grad():
         compiled: Any = compile_fx_inner(graph, examples, cpp_wrapper=on_cpu)
         compiled([tensor.clone() for tensor in inputs])  # the first call finishes the compiler's own records

@@ -22,21 +22,33 @@ _WARM_UPS = 3
 
 
 def _record_on_cuda(function: Callable[[], Any], device: th.device) -> tuple[Callable[[], None], Any]:
+    if _broken:
+        raise RuntimeError(f"a recording failed before in this process ({_broken[0]})")
     with th.cuda.device(device):
         stream, current = th.cuda.Stream(), th.cuda.current_stream()
         stream.wait_stream(current)
-        with th.cuda.stream(stream):  # the default one cannot be recorded
-            for _ in range(_WARM_UPS):
-                function()
-        current.wait_stream(stream)
+        try:
+            with th.cuda.stream(stream):  # the default one cannot be recorded
+                for _ in range(_WARM_UPS):
+                    function()
+        finally:
+            current.wait_stream(stream)
         graph = th.cuda.CUDAGraph()
-        # Other threads, those of environments for example, may use the device meanwhile.
-        with th.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            results = function()
-        current.wait_stream(stream)
+        try:
+            # Other threads, those of environments for example, may use the device meanwhile.
+            with th.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                results = function()
+        except BaseException as error:
+            _broken.append(type(error).__name__)  # torch's allocator is left in the middle of a recording
+            raise
+        finally:
+            th.cuda.set_stream(current)
+            current.wait_stream(stream)
     return graph.replay, results
 
 
+#: What ended a recording in the middle of it.
+_broken: list[str] = []
 #: Type of device → how its work is recorded.
 RECORDERS: dict[str, Recorder] = {"cuda": _record_on_cuda}
 
@@ -69,7 +81,7 @@ def record(function: Callable[[], Any], changed: Sequence[th.Tensor]) -> tuple[C
     Record a function of tensors on a device. These tensors are afterwards what they were before.
 
     :param function: reads and writes tensors that stay where they are; it looks at no value and draws no numbers
-    :param changed: all tensors that it writes to, at least one
+    :param changed: all tensors that it writes to, at least one, and perhaps more
     :return: what does it again, and what it returned
     """
     before = [tensor.detach().clone() for tensor in changed]
@@ -77,7 +89,8 @@ def record(function: Callable[[], Any], changed: Sequence[th.Tensor]) -> tuple[C
         return RECORDERS[changed[0].device.type](function, changed[0].device)
     finally:
         for tensor, old in zip(changed, before, strict=True):
-            tensor.copy_(old)
+            if not tensor.equal(old):  # what did not change may be a view that cannot be written to
+                tensor.copy_(old)
 
 
 class RecordedCall:

@@ -399,8 +399,9 @@ class _PolicyStep:
         return self._call([*self._tensors, *flat, *self._noise])[1]
 
     def is_outdated(self) -> bool:
-        """Whether the policy's modules are no longer what they were when this was made."""
-        return not self._snapshot.still_holds()
+        """Whether the policy's modules are no longer what they were, or where they were, when this was made."""
+        is_moved = isinstance(self._call, RecordedCall) and not self._call.is_of(self._tensors)
+        return is_moved or not self._snapshot.still_holds()
 
 
 def _compile_policy_step(policy: Any, tensors: Tensors, observations: Any, draws: list[Draw]) -> Compiled:

@@ -213,10 +213,18 @@ def _count_up(states: list[dict[str, Any]]) -> None:
     """
     Add 1 to the parameters' step counters, which are made views of one tensor: that takes one operation.
 
-    They stay tensors of their own to torch, as its optimisers and its state dicts have them.
+    They stay tensors of their own to torch, as its optimisers and its state dicts have them. Where they are views
+    already, of a tensor that has others' counters too, they stay that: a compiled step counts on it.
     """
-    counters = joined(states, "step")
-    counters += 1
+    counters = [state["step"] for state in states]
+    base = common_base(counters)
+    if base is None and any(
+        [counter._base is not None or counter.device != counters[0].device for counter in counters]
+    ):
+        th._foreach_add_(counters, 1)
+        return
+    base = joined(states, "step") if base is None else base
+    base += 1
 
 
 # --- a step as a function of tensors ----------------------------------------------------------------------------------

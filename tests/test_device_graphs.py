@@ -17,7 +17,8 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from tape import record_on_tape
 
-from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, compiler, device_graphs, make_vec_env
+from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, compiled_update, compiler, device_graphs, make_vec_env
+from sb3_pgplus.buffers import TorchRolloutBuffer
 from sb3_pgplus.device_graphs import RecordedCall, RecordedLoop
 
 N_ENVS = 4
@@ -102,6 +103,7 @@ def assert_same(recorded: Any, eager: Any, tolerance: float = 1e-5) -> None:
         (PPOPlus, PPO | {"recompute_advantages": False}),
         (PPOPlus, PPO | {"batch_size": 48}),  # 256 = 5 · 48 + 16
         (PPOPlus, PPO | {"batch_size": 256}),
+        (PPOPlus, PPO | {"batch_size": 48, "critic_learning_rate": 1e-3}),  # two groups, stepped eagerly in between
         (PPOPlus, PPO | {"clip_range_vf": 0.2, "learning_rate": "lin_1e-3", "ent_coef": "lin_0.01"}),
         (PPOPlus, PPO | {"desired_kl": 0.01}),
         (PPOPlus, PPO | {"n_critic_epochs": 6}),
@@ -239,6 +241,75 @@ class _Keep(BaseCallback):
         return True
 
 
+@pytest.mark.parametrize("n_critic_epochs", [2, 6])
+def test_states_that_two_functions_join_in_turn_are_not_recorded_for_ever(
+    recordings: Recordings, n_critic_epochs: int
+) -> None:
+    settings = PPO | {"n_critic_epochs": n_critic_epochs}
+    recorded = recordings.train(compile=True, n=12, **settings)
+    assert len(recordings.functions) <= 1 + 2 * compiled_update._MOST_RECORDINGS
+    assert_same(recorded, recordings.train(compile=False, n=12, **settings), tolerance=1e-4)  # rounding adds up
+
+
+class _Forgiving(PPOPlus):
+    """Never ends a training."""
+
+    def _count_nonfinite(self, loss: th.Tensor, batch: Any) -> None:
+        self._nonfinite_updates += 1
+
+
+def test_who_counts_failures_otherwise_makes_the_steps(recordings: Recordings) -> None:
+    settings = PPO | {"recompute_advantages": False, "max_nonfinite_updates": 2, "normalize_advantage": False}
+    assert_same(
+        *(
+            recordings.train(_Forgiving, compile=compiled, callback=_Spoil(2, share=0.3), **settings)
+            for compiled in (True, False)
+        )
+    )
+
+
+def test_gradients_after_an_early_stop_are_those_of_the_minibatch_that_stopped_it(recordings: Recordings) -> None:
+    settings = PPO | {"target_kl": 1e-4, "learning_rate": 1e-3, "recompute_advantages": False}
+    recorded, eager = (recordings.train(compile=compiled, n=3, **settings) for compiled in (True, False))
+    for ours, theirs in zip(recorded.policy.parameters(), eager.policy.parameters(), strict=True):
+        assert th.allclose(ours.grad.cpu(), theirs.grad.cpu(), atol=1e-5)
+
+
+def test_a_frozen_parameter_that_cannot_be_written_to_stays_as_it_is(recordings: Recordings) -> None:
+    def freeze(model: Any) -> None:
+        layer = model.policy.mlp_extractor.policy_net[0]
+        layer.bias.requires_grad_(False)
+        layer.bias.data = th.zeros(1, device=layer.bias.device).expand(len(layer.bias))
+
+    recorded, eager = (recordings.train(compile=c, callback=_Replace(freeze), n=4, **PPO) for c in (True, False))
+    assert "cannot be recorded" not in recorded.engine_report()
+    assert_same(recorded, eager)
+
+
+class _HalveInStep(BaseCallback):
+    """Puts other tensors in the place of the policy's in the middle of a rollout."""
+
+    def _on_step(self) -> bool:
+        if self.n_calls == 100:
+            for parameter in self.model.policy.parameters():
+                parameter.data = parameter.data * 0.5
+        return True
+
+
+def test_parameters_replaced_in_a_rollout_act_from_the_next_step_on(recordings: Recordings) -> None:
+    assert_same(*(recordings.train(compile=compiled, callback=_HalveInStep(), **PPO) for compiled in (True, False)))
+
+
+def test_minibatches_that_lie_in_memory_otherwise_are_not_recorded(recordings: Recordings) -> None:
+    class Transposed(TorchRolloutBuffer):
+        def get(self, batch_size: Any = None, **kwargs: Any) -> Any:
+            for batch in super().get(batch_size, **kwargs):
+                yield batch._replace(observations=batch.observations.t().contiguous().t())
+
+    settings = PPO | {"rollout_buffer_class": Transposed}
+    assert_same(*(recordings.train(compile=compiled, **settings) for compiled in (True, False)))
+
+
 def test_schedules_record_nothing_anew(recordings: Recordings) -> None:
     recordings.train(compile=True, n=6, **PPO, learning_rate="lin_1e-3", clip_range="lin_0.2", ent_coef="lin_0.01")
     assert len(recordings.functions) == 2
@@ -359,6 +430,8 @@ def test_a_recorded_loop_goes_through_minibatches_and_leaves_no_trace_of_its_rec
     assert theta.item() == 104.0
 
 
-def test_reading_a_value_is_refused_by_the_recorder(tensors: Any) -> None:
-    with pytest.raises((AssertionError, RuntimeError)):
+def test_reading_a_value_is_refused_by_the_recorder(recordings: Recordings, tensors: Any) -> None:
+    if recordings.device == "cuda":
+        pytest.skip("a recording that fails leaves torch's allocator in the middle of it")
+    with pytest.raises(AssertionError, match="looks at a value"):
         device_graphs.record(lambda: float(tensors(1.0).sum()), [tensors(1.0)])

@@ -620,3 +620,19 @@ def test_optimizers_that_step_otherwise_have_no_rule(make: Callable[[list[Any]],
 
 def test_a_parameter_that_the_optimizer_does_not_know_has_no_rule() -> None:
     assert StepRule.of(th.optim.RMSprop(parameters()), [th.nn.Parameter(th.zeros(2))]) is None
+
+
+@pytest.mark.parametrize("kind", [th.optim.Adam, th.optim.RMSprop])
+def test_an_eager_step_of_two_groups_counts_in_the_vector_that_a_rule_has_joined(kind: Any) -> None:
+    parameters = [th.nn.Parameter(th.ones(2)), th.nn.Parameter(th.ones(3))]
+    optimizer = kind([{"params": [p]} for p in parameters], lr=0.1)
+    fuse(optimizer)
+    rule = StepRule.of(optimizer, parameters)
+    assert rule is not None
+    counts = rule.states()[0]
+    for n in (1, 2):
+        for parameter in parameters:
+            parameter.grad = th.ones_like(parameter)
+        step(optimizer)
+        assert counts.tolist() == [n, n]
+    assert rule.still_holds(optimizer)  # nothing has to be joined or recorded again
