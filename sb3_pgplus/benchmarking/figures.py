@@ -68,7 +68,7 @@ def draw(results: Results, folder: Path, *, anew: bool = True) -> list[tuple[str
 
 
 def _figures(results: Results) -> list[tuple[str, str, Callable[[], Figure | None]]]:
-    everything = [*OURS, *OTHERS]
+    everything, timed = [*OURS, *OTHERS], results.of_one_condition()
     steps, minutes = (lambda curve: curve.steps), (lambda curve: curve.seconds / 60)
     beside = [OURS[0], *OTHERS[:2], OWN]
     compared = [env for env in REFERENCE_TASKS if any((other.name, env) in results.cells for other in OTHERS[:2])]
@@ -83,12 +83,12 @@ def _figures(results: Results) -> list[tuple[str, str, Callable[[], Figure | Non
             (
                 "time",
                 "Return by training time",
-                lambda: _curves(results, beside, _timed(results, beside, compared), minutes, MINUTES),
+                lambda: _curves(timed, beside, _timed(timed, beside, compared), minutes, MINUTES),
             ),
             (
                 "time-all",
                 "Return by training time, all algorithms",
-                lambda: _curves(results, everything, _timed(results, everything, MUJOCO_TASKS), minutes, MINUTES),
+                lambda: _curves(timed, everything, _timed(timed, everything, MUJOCO_TASKS), minutes, MINUTES),
             ),
             ("profile", "Performance profile", lambda: _profile(results, OURS, MUJOCO_TASKS, "Nine tasks")),
             (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +41,10 @@ class Curve:
     returns: FloatArray
     interval: tuple[FloatArray, FloatArray] | None
     """Pointwise; ``None`` for a single seed."""
+
+
+def _condition(run: store.StoredRun) -> tuple[str, int]:
+    return str(run.data["machine"]), int(run.data["jobs"])
 
 
 class Results:
@@ -138,7 +143,16 @@ class Results:
         :param variant: name
         :param env: environment id
         """
-        return {(str(run.data["machine"]), int(run.data["jobs"])) for run in self.cells.get((variant, env), [])}
+        return {_condition(run) for run in self.cells.get((variant, env), [])}
+
+    def of_one_condition(self) -> Results:
+        """
+        The runs whose times can be compared: of a cell with some under the most frequent condition these alone.
+        """
+        found = Counter(_condition(run) for run in self.runs)
+        usual = min(found, key=lambda condition: (-found[condition], condition), default=None)
+        kept = {cell: [run for run in runs if _condition(run) == usual] or runs for cell, runs in self.cells.items()}
+        return Results(self.group, [run for runs in kept.values() for run in runs])
 
     def seconds_to(self, variant: str, env: str, goal: float) -> float | None:
         """

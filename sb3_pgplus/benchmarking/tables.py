@@ -226,13 +226,14 @@ def aggregates(results: Results, variants: Sequence[Variant], task_sets: Mapping
 
 def times(results: Results, variants: Sequence[Variant], tasks: Sequence[str]) -> str:
     """
-    Minutes of a whole training, evaluations left out: median over seeds. Where they are not all from one machine with
-    one number of trainings side by side, those that are not from the most frequent one are marked.
+    Minutes of a whole training, evaluations left out: median over those seeds that ran on the most frequent machine
+    with the most frequent number of trainings side by side. Cells without any are marked.
 
     :param results: of a group
     :param variants: columns
     :param tasks: rows
     """
+    results = results.of_one_condition()
     shown = [variant for variant in variants if _has_runs(results, [variant], tasks)]
     found = Counter(c for env in tasks for variant in shown for c in results.conditions(variant.name, env))
     usual, *others = sorted(found, key=lambda c: (-found[c], c)) or [("", 0)]
@@ -244,7 +245,7 @@ def times(results: Results, variants: Sequence[Variant], tasks: Sequence[str]) -
         return " ".join([f"{np.median(seconds) / 60:.1f}", *marked]) if seconds else NONE
 
     rows = [[env, *(text(v, env) for v in shown)] for env in tasks if _has_runs(results, shown, [env])]
-    words = [f"{mark}: wholly or in part on {_condition(*condition)}" for condition, mark in marks.items()]
+    words = [f"{mark}: on {_condition(*condition)}" for condition, mark in marks.items()]
     lines = ["", *list_item(f"{'; '.join(words)}. All others on {_condition(*usual)}."), ""] if words else []
     return table(["Minutes of training", *(variant.label for variant in shown)], rows) + "\n".join(lines)
 
@@ -255,14 +256,14 @@ def _condition(machine: str, jobs: int) -> str:
 
 def times_to_goal(results: Results, pairs: Sequence[tuple[str, str]], tasks: Sequence[str]) -> str:
     """
-    Training time until the IQM reaches 80 % of theirs at the end; no ratio of times from different machines, or with
-    another number of trainings side by side.
+    Training time until the IQM reaches 80 % of theirs at the end, of those seeds that ran on the most frequent machine
+    with the most frequent number of trainings side by side; no ratio where there are none.
 
     :param results: of a group
     :param pairs: names of variants, ours first
     :param tasks: those whose returns begin near 0
     """
-    rows = []
+    results, rows = results.of_one_condition(), []
     for env in tasks:
         for ours, theirs in pairs:
             final = results.summary(theirs, env)
