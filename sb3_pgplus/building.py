@@ -127,6 +127,14 @@ class ModelBuilding(_Base):
     def _policy_arguments(self, hp: PolicyGradientHparams) -> dict[str, Any]:
         """``policy_kwargs`` together with the flat hyperparameters that concern the policy."""
         kwargs, defaults = dict(self.policy_kwargs), hp.defaults()
+        activation = kwargs.get("activation_fn")
+        if isinstance(activation, str):
+            if activation not in ACTIVATION_CLASSES:
+                raise HyperparameterError(
+                    f"policy_kwargs['activation_fn'] is {activation!r}; allowed are a module class and "
+                    f"{', '.join(map(repr, ACTIVATION_CLASSES))}"
+                )
+            kwargs["activation_fn"] = ACTIVATION_CLASSES[activation]
         for name in ("ortho_init", "log_std_init", "activation_fn"):
             value, is_default = getattr(hp, name), getattr(hp, name) == defaults[name]
             value = ACTIVATION_CLASSES.get(value, value)

@@ -1,12 +1,15 @@
 """Constructor arguments from declarations: signatures, unknown names, classes named by strings."""
 
 import inspect
+import os
 import pydoc
+import sys
 from collections.abc import Iterable, Mapping
 from types import NoneType
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.policies import BasePolicy
 
 from sb3_pgplus.hparams import PolicyGradientHparams, nearest
 
@@ -26,8 +29,12 @@ PLUMBING: dict[str, Any] = {
 }
 
 _PLUMBING_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("use_sde", (bool, np.bool_), "True or False"),
+    ("sde_sample_freq", (int, np.integer), "a whole number"),
     ("stats_window_size", (int, np.integer), "a whole number"),
-    ("verbose", (int, np.integer), "0, 1 or 2"),
+    ("verbose", (int, np.integer, bool), "0, 1 or 2"),
+    ("seed", (int, np.integer, NoneType), "a whole number or None"),
+    ("tensorboard_log", (str, os.PathLike, NoneType), "a path or None"),
     ("policy_kwargs", (Mapping, NoneType), "a dict or None"),
     ("rollout_buffer_kwargs", (Mapping, NoneType), "a dict or None"),
     ("rollout_buffer_class", (type, str, NoneType), "a class, its dotted path or None"),
@@ -83,17 +90,35 @@ def reject_unknown(where: str, names: Iterable[str], known: Iterable[str]) -> No
             raise TypeError(f"{where} got an unknown argument `{name}`{nearest(name, known)}")
 
 
-def check_plumbing(given: Mapping[str, Any]) -> None:
+#: Smallest and largest values; -1 or 0 is gSDE's noise of a whole rollout.
+_PLUMBING_RANGES = {"sde_sample_freq": (-1, sys.maxsize), "stats_window_size": (1, sys.maxsize), "seed": (0, 2**32 - 1)}
+
+
+def checked_plumbing(given: Mapping[str, Any]) -> dict[str, Any]:
     """
-    :param given: those of :data:`PLUMBING` that SB3 would take without a look
+    :param given: those of :data:`PLUMBING`, much of which SB3 would take without a look
+    :return: the same, with Python's integers in place of NumPy's
     :raises TypeError: on a value of the wrong type
-    :raises ValueError: on a window of no episodes
+    :raises ValueError: on a number out of range
     """
     for name, types, allowed in _PLUMBING_TYPES:
-        if not isinstance(given[name], types):
-            raise TypeError(f"`{name}` must be {allowed}, got {given[name]!r}")
-    if given["stats_window_size"] < 1:
-        raise ValueError(f"`stats_window_size` must be at least 1, got {given['stats_window_size']}")
+        value = given[name]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise TypeError(f"`{name}` must be {allowed}, got {value!r}")
+    for name, (low, high) in _PLUMBING_RANGES.items():
+        value = given[name]
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"`{name}` must be at least {low} and at most {high}, got {value}")
+    return {name: int(value) if isinstance(value, np.integer) else value for name, value in given.items()}
+
+
+def check_policy(policy: Any) -> None:
+    """
+    :param policy: SB3's first argument
+    :raises TypeError: if it is neither a name nor a class of policies
+    """
+    if not isinstance(policy, str) and not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
+        raise TypeError(f"`policy` must be a name such as 'MlpPolicy', or a class of policies, got {policy!r}")
 
 
 def locate_class(path: str) -> type[Any]:

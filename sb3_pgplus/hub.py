@@ -56,8 +56,13 @@ def push(run: Path, repo: str, *, private: bool = False, message: str = "Upload 
     with tempfile.TemporaryDirectory() as temporary:
         package = prepare(run, repo, Path(temporary) / "upload")
         api = HfApi(library_name="sb3_pgplus")
-        address = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=package.folder, commit_message=message)
+        try:
+            address = api.create_repo(repo, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo, folder_path=package.folder, commit_message=message)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of the transport, which has no base in common with Python's
+            raise ConnectionError(f"the hub cannot be reached: {error}") from error
     return str(address), package
 
 

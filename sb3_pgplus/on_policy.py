@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_pgplus.buffers import RolloutEnd, TorchRolloutBuffer
 from sb3_pgplus.building import ModelBuilding, normalized_outside
 from sb3_pgplus.callback_tree import is_known, is_nobody, tell_failure, tell_return
-from sb3_pgplus.construction import PLUMBING, bind, check_plumbing, signature_of
+from sb3_pgplus.construction import PLUMBING, bind, check_policy, checked_plumbing, signature_of
 from sb3_pgplus.engine import Engine
 from sb3_pgplus.errors import HyperparameterError, warn_user
 from sb3_pgplus.guards import check_finite_step, without_distribution_checks
@@ -98,8 +98,8 @@ class PolicyGradientPlus(
     ) -> None:
         defaults = {**self.hparams_class.defaults(), **PLUMBING}
         arguments = bind(type(self).__name__, self.positional, defaults, args, kwargs)
-        plumbing = {name: arguments.pop(name) for name in PLUMBING}
-        check_plumbing(plumbing)
+        plumbing = checked_plumbing({name: arguments.pop(name) for name in PLUMBING})
+        check_policy(policy)
         set_up = plumbing.pop("_init_setup_model")
         super().__init__(
             policy,

@@ -541,8 +541,15 @@ def test_presets_hold_only_legal_values(preset):
 @pytest.mark.parametrize(
     ("name", "value", "error", "allowed"),
     [
-        ("stats_window_size", -1, ValueError, "at least 1"),
+        ("stats_window_size", -1, ValueError, "at least 1 and at most .*"),
         ("stats_window_size", "abc", TypeError, "a whole number"),
+        ("stats_window_size", True, TypeError, "a whole number"),
+        ("use_sde", "False", TypeError, "True or False"),
+        ("sde_sample_freq", 2.5, TypeError, "a whole number"),
+        ("sde_sample_freq", -7, ValueError, "at least -1 and at most .*"),
+        ("seed", 2.0, TypeError, "a whole number or None"),
+        ("seed", -1, ValueError, "at least 0 and at most 4294967295"),
+        ("tensorboard_log", 3, TypeError, "a path or None"),
         ("verbose", None, TypeError, "0, 1 or 2"),
         ("policy_kwargs", "abc", TypeError, "a dict or None"),
         ("rollout_buffer_kwargs", 3, TypeError, "a dict or None"),
@@ -552,6 +559,25 @@ def test_presets_hold_only_legal_values(preset):
 def test_sb3s_own_arguments_are_checked_too(algorithm, name, value, error, allowed):
     with pytest.raises(error, match=f"`{name}` must be {allowed}, got {value!r}"):
         algorithm("MlpPolicy", "CartPole-v1", **ALGORITHMS[algorithm], **{name: value})
+
+
+def test_numpys_integers_are_taken_for_pythons():
+    model = PPOPlus("MlpPolicy", "CartPole-v1", **SMALL, seed=np.int64(3), stats_window_size=np.int32(5))
+    model.learn(8)
+    assert (model.seed, model.ep_info_buffer.maxlen) == (3, 5)
+
+
+@pytest.mark.parametrize("policy", [None, 3, dict, nn.Linear])
+def test_what_is_no_policy_is_refused(policy):
+    with pytest.raises(TypeError, match="`policy` must be a name such as 'MlpPolicy', or a class of policies, got"):
+        PPOPlus(policy, "CartPole-v1", **SMALL)
+
+
+def test_an_activation_in_policy_kwargs_may_be_a_name_too():
+    model = PPOPlus("MlpPolicy", "CartPole-v1", **SMALL, policy_kwargs={"activation_fn": "relu"})
+    assert model.policy.activation_fn is nn.ReLU
+    with pytest.raises(ValueError, match=r"policy_kwargs\['activation_fn'\] is 'rely'; allowed are .*'relu'"):
+        PPOPlus("MlpPolicy", "CartPole-v1", **SMALL, policy_kwargs={"activation_fn": "rely"})
 
 
 @pytest.mark.parametrize("log_interval", [0, -1])

@@ -6,6 +6,8 @@ import optuna
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_pgplus.vec_env.common import check_integer
+
 
 class OptunaCallback(EvalCallback):
     """
@@ -29,6 +31,7 @@ class OptunaCallback(EvalCallback):
         eval_freq: int = 10_000,
         deterministic: bool = True,
     ) -> None:
+        eval_freq = check_integer("eval_freq", eval_freq, 1)
         super().__init__(
             eval_env, n_eval_episodes=n_eval_episodes, eval_freq=eval_freq, deterministic=deterministic, verbose=0
         )

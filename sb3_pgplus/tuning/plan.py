@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,14 @@ class TuningPlan:
         _require_one_of("objective", self.objective, OBJECTIVES)
         _require_one_of("prune", self.prune, PRUNERS)
         _require_one_of("sampler", self.sampler, SAMPLERS)
+        for name in ("n_trials", "n_evaluations", "eval_episodes", "jobs", "top", "seed"):
+            _require_integers(name, [getattr(self, name)])
+        for name in ("seeds", "test_seeds"):
+            values = getattr(self, name)
+            _require_integers(name, values)
+            _require(len({*values}) == len(values), f"{name} must differ from each other, got {values}")
+        for name in ("top", "seed"):
+            _require(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("n_trials", "n_evaluations", "eval_episodes", "jobs"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_seconds", "max_memory"):
@@ -119,6 +127,11 @@ def differences(ours: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _require_integers(name: str, values: Any) -> None:
+    is_right = isinstance(values, Sequence) and all([type(value) is int for value in values])
+    _require(is_right, f"{name} must be whole, got {values!r}")
 
 
 def _require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

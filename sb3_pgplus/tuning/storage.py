@@ -42,7 +42,9 @@ def open_storage(where: str, heartbeat: int = 30) -> BaseStorage:
         if where.startswith("grpc://"):
             host, _, port = where.removeprefix("grpc://").partition(":")
             with quiet_optuna():
-                return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
+                proxy = optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
+                proxy.get_all_studies()  # the first call connects
+                return proxy
         if "://" in where:
             return _open_database(where, heartbeat)
         if where.endswith(".log"):
