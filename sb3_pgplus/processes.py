@@ -86,7 +86,7 @@ def process_context(preload: Sequence[str] = ()) -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # torch's optimisers import dynamo when they are first made: four seconds in each process.
-    context.set_forkserver_preload([*preload, "torch._dynamo"])
+    context.set_forkserver_preload(["sb3_pgplus.process_server", *preload, "torch._dynamo"])
     return context
 
 

@@ -665,6 +665,30 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process(tmp_path: Path) -> 
     assert not list(tmp_path.rglob("*.failed.txt")) and not list(tmp_path.rglob("*.tmp"))
 
 
+_ASK_A_NEW_PROCESS = """
+import signal
+from sb3_pgplus.processes import process_context
+
+def tell(connection):
+    connection.send(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
+
+if __name__ == "__main__":
+    context = process_context()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=tell, args=(theirs,))
+    process.start()
+    print(ours.recv(), signal.getsignal(signal.SIGINT) == signal.default_int_handler)
+    process.join()
+"""
+
+
+def test_ctrl_c_does_not_reach_a_process_before_it_gets_to_its_own_code(tmp_path: Path) -> None:
+    script = tmp_path / "ask.py"
+    script.write_text(_ASK_A_NEW_PROCESS)
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "True"]  # ignored there from its first moment, and as ever in the parent
+
+
 def test_the_time_left_is_that_of_the_same_cell_else_of_the_variant_else_of_all() -> None:
     runs = plan("mujoco", algos=["ppoplus", "a2cplus"], envs=["Hopper-v5", "Ant-v5"], seeds=[0])
     found = {(run.variant.name, run.env): run for run in runs}

@@ -32,7 +32,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
     frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
     | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "compiler", "sampling"})
-    | frozenset({"callback_tree", "checkpoints", "tracing", "vec_env", "statistics", "processes", "threads"})
+    | frozenset(
+        {"callback_tree", "checkpoints", "tracing", "vec_env", "statistics", "processes", "process_server", "threads"}
+    )
     | frozenset({"serialization", "model_file", "sb3_files", "interruptions", "device_graphs"}),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"})  # parts of on_policy
     | frozenset({"resuming", "training_state"}),
