@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from device_tasks import DictTask
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from tape import record_on_tape
@@ -60,23 +60,6 @@ def recordings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.param == "cpu":
         monkeypatch.setattr(compiler, "_compile", refuse)
     return found
-
-
-class DictTask(gym.Env[Any, Any]):
-    observation_space = spaces.Dict({"a": spaces.Box(-1, 1, (3,)), "b": spaces.Discrete(4)})
-    action_space = spaces.MultiDiscrete([3, 2])
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        self.t = 0
-        return self._observation(), {}
-
-    def step(self, action: Any) -> Any:
-        self.t += 1
-        return self._observation(), float(action[0]), False, self.t >= 20, {}
-
-    def _observation(self) -> Any:
-        return {"a": self.np_random.uniform(-1, 1, 3).astype(np.float32), "b": int(self.np_random.integers(4))}
 
 
 def parameters_of(model: Any) -> dict[str, th.Tensor]:
@@ -145,9 +128,7 @@ class PictureTask(DictTask):
     observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)  # type: ignore[assignment]  # another kind
     action_space = spaces.Discrete(3)  # type: ignore[assignment]
 
-    def step(self, action: Any) -> Any:
-        self.t += 1
-        return self._observation(), float(action), False, self.t >= 20, {}
+    length = 100  # it is cut before
 
     def _observation(self) -> Any:
         return self.np_random.integers(256, size=(36, 36, 1), dtype=np.uint8)

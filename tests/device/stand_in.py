@@ -20,11 +20,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from torch.utils import cpp_extension
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from device_tasks import DictTask
+from tape import record_on_tape
 
 NAME = "stand_in"
 LIBRARY = "stand_in_device"
@@ -70,25 +73,6 @@ def _teach_files() -> None:
     to_cpu = th.UntypedStorage.cpu
     th.UntypedStorage.cpu = lambda self: bytes_of(self).cpu().untyped_storage() if here(self) else to_cpu(self)  # type: ignore[method-assign]
     th.serialization.register_package(5, here, there)
-
-
-class DictTask(gym.Env[Any, Any]):
-    """Dict observations and several discrete actions."""
-
-    observation_space = spaces.Dict({"a": spaces.Box(-1, 1, (3,)), "b": spaces.Discrete(4)})
-    action_space = spaces.MultiDiscrete([3, 2])
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        self.t = 0
-        return self._observation(), {}
-
-    def step(self, action: Any) -> Any:
-        self.t += 1
-        return self._observation(), float(action[0]), self.t % 7 == 0, self.t >= 20, {}
-
-    def _observation(self) -> Any:
-        return {"a": self.np_random.uniform(-1, 1, 3).astype(np.float32), "b": int(self.np_random.integers(4))}
 
 
 def on_device(device: str) -> Any:
@@ -196,9 +180,6 @@ def main() -> None:
     """Run all cases and write what each raised to `results.json`."""
     folder = Path(sys.argv[1])
     install(folder)
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tape import record_on_tape
-
     from sb3_pgplus import device_graphs
 
     device_graphs.RECORDERS[NAME] = record_on_tape
