@@ -3,12 +3,16 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import getitem
-from typing import Any
+from typing import Any, TypeVar
 
 import torch as th
 
 from sb3_pgplus.device_graphs import RecordedCall, RecordedLoop, TensorFunction, is_recordable
 from sb3_pgplus.interruptions import deferred
+
+T = TypeVar("T")
+#: Graph, examples of its inputs ↦ what runs it.
+Backend = Callable[[th.fx.GraphModule, Sequence[th.Tensor]], TensorFunction]
 
 #: tanh x ≈ x P(x²)/Q(x²) for |x| ≤ 9, from where on it is 1 in float32: coefficients of ascending powers. The relative
 #: error is 2e-8 before rounding, the least that four powers allow (``benchmarks/rational_tanh.py`` computes them).
@@ -109,15 +113,8 @@ def compile_function(
     :return: the compiled function, of a list of tensors like the inputs
     :raises UntraceableError: if the function's course depends on values, or it changes anything else in place
     """
-    graph = _trace(function, inputs, may_change)
-    try:
-        return _compile(graph, [tensor.detach() for tensor in inputs])
-    except Exception:
-        if not is_recordable(inputs[0].device):
-            raise
-        # Its kernels as they are: what is recorded has no other overhead.
-        plain = _trace(function, inputs, may_change, is_compiled=False)
-        return lambda tensors: plain(*tensors)
+    examples = [tensor.detach() for tensor in inputs]
+    return _made(function, inputs, may_change, lambda graph, compiled: compiled(graph, examples))
 
 
 def compile_in_two(
@@ -134,18 +131,41 @@ def compile_in_two(
     :raises UntraceableError: as :func:`compile_function`
     """
     examples = [tensor.detach() for tensor in inputs]
-    before, after, needed = _split_before_last_input(_trace(function, inputs, ()))
-    compute = _compile(before, examples[:-1])
+    return _made(function, inputs, (), lambda graph, compiled: _in_two(graph, compiled, examples))
+
+
+def _made(
+    function: Callable[..., Sequence[th.Tensor]],
+    inputs: Sequence[th.Tensor],
+    may_change: Iterable[int],
+    make: Callable[[th.fx.GraphModule, Backend], T],
+) -> T:
+    """What is made of a function's graph by the compiler, or, for a device that keeps its work, without it."""
+    graph = _trace(function, inputs, may_change)
+    try:
+        return make(graph, _compile)
+    except Exception:
+        if not is_recordable(inputs[0].device):
+            raise
+        # Its kernels as they are: what is recorded has no other overhead.
+        return make(_trace(function, inputs, may_change, is_compiled=False), _plain)
+
+
+def _in_two(
+    graph: th.fx.GraphModule, compiled: Backend, examples: Sequence[th.Tensor]
+) -> tuple[TensorFunction, TensorFunction]:
+    before, after, needed = _split_before_last_input(graph)
+    compute = compiled(before, examples[:-1])
 
     def call_before(inputs: list[th.Tensor]) -> list[th.Tensor]:
         return [*(inputs[i] for i in needed), *compute(inputs)]
 
-    between = call_before(examples[:-1])
+    between = call_before(list(examples[:-1]))
     expected = [node.meta["val"] for node in after.graph.nodes if node.op == "placeholder"]
     for tensor, known in zip(between, expected, strict=False):
         if (tensor.shape, tensor.stride(), tensor.dtype) != (known.shape, known.stride(), known.dtype):
             raise UntraceableError("an intermediate result has another layout than in the trace")
-    return call_before, _compile(after, [*between, examples[-1]])
+    return call_before, compiled(after, [*between, examples[-1]])
 
 
 def _trace(
@@ -194,6 +214,11 @@ def _compile(graph: th.fx.GraphModule, inputs: Sequence[th.Tensor]) -> TensorFun
     # What is called from now on, without the records that the compiler keeps of every call.
     call: TensorFunction = (getattr(compiled, "current_callable", None) if on_cpu else None) or compiled
     return call
+
+
+def _plain(graph: th.fx.GraphModule, _: Sequence[th.Tensor]) -> TensorFunction:
+    """A graph without the compiler: one operation after the other."""
+    return lambda tensors: graph(*tensors)
 
 
 def _split_before_last_input(graph: th.fx.GraphModule) -> tuple[th.fx.GraphModule, th.fx.GraphModule, list[int]]:

@@ -104,6 +104,7 @@ class RecordedCall:
 
     def __init__(self, function: TensorFunction, inputs: Sequence[th.Tensor], n_fixed: int) -> None:
         self._fixed, self._moving = inputs[:n_fixed], [tensor.detach().clone() for tensor in inputs[n_fixed:]]
+        self._held: Sequence[th.Tensor] | None = None
         self._places = places(self._fixed)
         self._launch, self._results = record(lambda: function([*self._fixed, *self._moving]), self._moving)
 
@@ -114,6 +115,18 @@ class RecordedCall:
         :param fixed: those of now
         """
         return places(fixed) == self._places
+
+    @th.no_grad()
+    def hold(self, values: Sequence[th.Tensor]) -> None:
+        """
+        Write to the inputs that stay, which are then nobody else's. The same values again cost nothing.
+
+        :param values: of these inputs; nobody changes them
+        """
+        if values is not self._held:
+            for place, value in zip(self._fixed, values, strict=True):
+                place.copy_(value)
+            self._held = values
 
     @th.no_grad()
     def __call__(self, inputs: Sequence[th.Tensor]) -> list[th.Tensor]:

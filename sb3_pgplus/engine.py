@@ -326,7 +326,13 @@ class Engine:
         found = self.version(unit, key, lambda: _compile_fisher_product(policy, known.tensors, observations, positions))
         if found is None:
             return eager()
-        return _FisherProduct(found, [*known.tensors.values, *flat], eager, partial(self.drifted, unit, key))
+        product = _FisherProduct(found, [*known.tensors.values, *flat], eager, partial(self.drifted, unit, key))
+        try:
+            product.record(parameters)
+        except Exception as error:  # a kernel that cannot be recorded, or no memory: training goes on without
+            self.reject(unit, key, f"it cannot be recorded for the device: {first_line(error)}")
+            return eager()
+        return product
 
     def drifted(self, unit: str, key: Hashable) -> None:
         """
@@ -449,13 +455,21 @@ class _FisherProduct:
         self._compiled, self._make_eager, self._on_drift = compiled, eager, on_drift
         self._eager: MatVec | None = None
         with th.no_grad():
+            #: What all products have in common.
             self._inputs = compiled.prepare(inputs)
+
+    def record(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Give the function to the device, if that keeps functions and has not got it yet."""
+        if self._compiled.recorded is None and is_recordable(parameters[0].device):
+            own = [tensor.clone() for tensor in self._inputs]
+            v = parameters[0].detach().new_ones(sum(parameter.numel() for parameter in parameters))
+            self._compiled.recorded = RecordedCall(self._compiled.call, [*own, v], len(own))
 
     def __call__(self, v: th.Tensor) -> th.Tensor:
         if self._eager is not None:
             return self._eager(v)
         with th.no_grad():
-            product = self._compiled.call([*self._inputs, v])[0]
+            product = self._call()([*self._inputs, v])[0]
         if self._compiled.is_due():
             eager = self._make_eager()
             wanted = eager(v)
@@ -464,6 +478,13 @@ class _FisherProduct:
                 self._on_drift()
                 return wanted
         return product
+
+    def _call(self) -> TensorFunction:
+        recorded = self._compiled.recorded
+        if recorded is None:
+            return self._compiled.call
+        recorded.hold(self._inputs)
+        return recorded
 
 
 def _compile_fisher_product(policy: Any, tensors: Tensors, observations: Any, positions: Sequence[int]) -> Compiled:

@@ -19,7 +19,9 @@ from tape import record_on_tape
 
 from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, compiled_update, compiler, device_graphs, make_vec_env
 from sb3_pgplus.buffers import TorchRolloutBuffer
+from sb3_pgplus.core.natural_gradient import fisher_vector_product
 from sb3_pgplus.device_graphs import RecordedCall, RecordedLoop
+from sb3_pgplus.policies import fisher_outputs
 
 N_ENVS = 4
 #: 64 · 4 samples in minibatches of 32, four times over.
@@ -101,7 +103,9 @@ def test_recorded_updates_equal_eager_ones(recordings: Recordings, algorithm: An
     recorded = recordings.train(algorithm, compile=True, **settings)
     stream = np.random.get_state()
     eager = recordings.train(algorithm, compile=False, **settings)
-    assert len(recordings.functions) >= 2  # the policy's step, an update
+    # The policy's step, an update, perhaps the critic's own one, and the Fisher products of a trust region.
+    n_functions = 2 + ("n_critic_epochs" in settings) + (algorithm is TRPOPlus)
+    assert len(recordings.functions) == n_functions
     assert "recorded" not in recorded.engine_report()  # which would say why not
     assert_same(recorded, eager)
     assert all(np.array_equal(a, b) for a, b in zip(stream, np.random.get_state(), strict=True))
@@ -113,7 +117,7 @@ def test_recorded_updates_equal_eager_ones(recordings: Recordings, algorithm: An
 def test_discrete_actions_are_recorded(recordings: Recordings, algorithm: Any, settings: dict[str, Any]) -> None:
     settings = {name: value for name, value in settings.items() if algorithm is PPOPlus or name != "n_epochs"}
     recorded = recordings.train(algorithm, "CartPole-v1", compile=True, **settings)
-    assert len(recordings.functions) == 2
+    assert len(recordings.functions) == 2 + (algorithm is TRPOPlus)
     assert_same(recorded, recordings.train(algorithm, "CartPole-v1", compile=False, **settings))
 
 
@@ -356,18 +360,56 @@ def test_a_model_that_was_loaded_goes_on_as_one_that_was_not(recordings: Recordi
     assert_same(*loaded)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "units"),
+    [
+        (PPOPlus, PPO, ["update", "policy step"]),
+        (TRPOPlus, {"n_steps": 64, "batch_size": 32}, ["critic update", "policy step", "Fisher product"]),
+    ],
+)
 def test_where_recording_fails_training_goes_on_eagerly_and_the_report_says_why(
-    recordings: Recordings, monkeypatch: pytest.MonkeyPatch
+    recordings: Recordings,
+    monkeypatch: pytest.MonkeyPatch,
+    algorithm: Any,
+    settings: dict[str, Any],
+    units: list[str],
 ) -> None:
     def fail(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
     monkeypatch.setitem(device_graphs.RECORDERS, recordings.device, fail)
-    recorded = recordings.train(compile=True, **PPO)
+    recorded = recordings.train(algorithm, compile=True, **settings)
     report = recorded.engine_report()
-    assert "update: eager, it cannot be recorded for the device: out of memory" in report
-    assert "policy step: eager, it cannot be recorded for the device: out of memory" in report
-    assert_same(recorded, recordings.train(compile=False, **PPO))
+    for unit in units:
+        assert f"{unit}: eager, it cannot be recorded for the device: out of memory" in report
+    assert_same(recorded, recordings.train(algorithm, compile=False, **settings))
+
+
+def test_fisher_products_are_of_the_parameters_and_states_of_the_update(recordings: Recordings) -> None:
+    model = recordings.train(TRPOPlus, n=1, n_steps=64, batch_size=32, compile=True)
+    actor = [*model.policy.mlp_extractor.policy_net.parameters(), *model.policy.action_net.parameters()]
+
+    def eager(observations: th.Tensor) -> Any:
+        return fisher_vector_product(*fisher_outputs(model.policy.get_distribution(observations)), actor)
+
+    v = th.linspace(-1, 1, sum(parameter.numel() for parameter in actor), device=recordings.device)
+    model.policy.set_training_mode(False)
+    first, second = (th.randn(64 * N_ENVS, 3, device=recordings.device) for _ in range(2))
+    engine = model._engine
+    before = engine.fisher_product(model.policy, first, actor, lambda: eager(first))
+    products = [before(v)]
+    with th.no_grad():
+        actor[0].mul_(1.5)
+    after = engine.fisher_product(model.policy, second, actor, lambda: eager(second))
+    products += [after(v), before(v), after(v)]  # what two functions have in common is not mixed up
+    n_functions = 1 + 2 + 1  # of the training, and this one has fewer parameters
+    assert len(recordings.functions) == n_functions
+    expected = [eager(second)(v)]
+    with th.no_grad():
+        actor[0].div_(1.5)
+    expected = [eager(first)(v), *expected]
+    for product, wanted in zip(products, [*expected, *expected], strict=True):
+        assert th.allclose(product, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_an_optimiser_without_a_rule_steps_itself(recordings: Recordings) -> None:
