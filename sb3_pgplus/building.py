@@ -97,6 +97,12 @@ class ModelBuilding(_Base):
         policy_class = cast(type[ActorCriticPolicy], self.policy_class)
         kwargs = self._policy_arguments(hp)
         if self._normalizes_observations:
+            for name in ("clip_observations", "normalize_floats_only"):
+                if name in kwargs:
+                    raise HyperparameterError(
+                        f"policy_kwargs[{name!r}] is set by the algorithm, which normalises observations: give "
+                        "`clip_observations` and `normalize_observations` to it"
+                    )
             policy_class = normalized_policy_class(policy_class)
             kwargs["clip_observations"] = hp.clip_observations
             kwargs["normalize_floats_only"] = hp.normalize_observations == "auto"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,15 +15,8 @@ import torch as th
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 from torch import nn
 
-from sb3_pgplus.buffers import (
-    RolloutSamples,
-    TorchDictRolloutBuffer,
-    TorchRolloutBuffer,
-    has_stock_sampling,
-    pick,
-)
-from sb3_pgplus.compiler import Compiled, compile_function, first_line
-from sb3_pgplus.device_graphs import RecordedLoop, is_recordable, sent
+from sb3_pgplus.buffers import RolloutSamples, TorchDictRolloutBuffer, TorchRolloutBuffer, has_stock_sampling
+from sb3_pgplus.compiler import Compiled, compile_function
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.optimizers import StepRule, common_base, drop_gradients, views_like
 from sb3_pgplus.tracing import Known, foreign_method
@@ -43,8 +35,6 @@ _ROUNDINGS = 1e-6
 _MOST_DISAGREEMENTS = 3
 #: What stands between a gradient and its step: where somebody has changed it, the step is left to it.
 _STEP_METHODS = ("train", "update", "_epoch", "_fit_critic", "_apply", "_count_nonfinite")
-#: After so many recordings of a function its tensors keep moving, and it is only called.
-_MOST_RECORDINGS = 8
 
 #: Hyperparameters that are about rollouts, targets or how often the losses are taken, and enter none of them.
 _OUTSIDE_LOSSES = frozenset(
@@ -125,10 +115,6 @@ class CompiledUpdate:
         self._scheduled = [name for name in hp.scheduled_names() if isinstance(getattr(hp, name), float)]
         # Double precision, so that they act as Python's numbers do.
         self._numbers = [*(float(getattr(hp, name)) for name in self._scheduled), *problem.limits.values()]
-        #: Whether steps are recorded for the device, which then decides itself which of them it makes.
-        self._is_recorded = is_recordable(self._values[0].device)
-        if self._is_recorded:
-            self._numbers.append(problem.owner.max_nonfinite_updates)
         #: With limits and what changes from step to step: an array to write to, and what is passed.
         self._packed = np.zeros(0)
         self._passed = th.zeros(0)
@@ -141,75 +127,11 @@ class CompiledUpdate:
         #: Of the first minibatch, where later ones may have others; our own buffers' are all alike.
         self._shapes: tuple[Hashable, ...] | None = None
 
-    def epochs(self, buffer: TorchRolloutBuffer, n: int, ahead: bool) -> Iterator[Minibatches]:
-        """
-        Passes over a rollout, each a series of minibatches with their gradients. Where steps are recorded, the device
-        has been given the next minibatches before the first of them is looked at.
-
-        :param buffer: the rollout
-        :param n: how many passes
-        :param ahead: nothing else happens between them, so that the device may be given several
-        """
-        size, n_samples = self._problem.batch_size, buffer.buffer_size * buffer.n_envs
-        if n_samples < size or not self._is_kept(buffer):
-            for _ in range(n):
-                yield ((batch, self(batch)) for batch in buffer.get(size))
-            return
-        at_once = n if ahead and n_samples % size == 0 else 1
-        for _ in range(0, n, at_once):
-            yield from self._epochs_ahead(buffer, at_once)
-
-    def _is_kept(self, buffer: TorchRolloutBuffer) -> bool:
-        """Whether the device keeps the function, now if it did not yet."""
-        if not self._is_recorded:
-            return False
-        batch = pick(buffer.whole(), sent(np.arange(self._problem.batch_size), self._values[0].device))
-        self._prepare(batch, _flat_batch(batch))
-        return self._loop(_flat_batch(batch)) is not None
-
-    def _epochs_ahead(self, buffer: TorchRolloutBuffer, n: int) -> Iterator[Minibatches]:
-        rows, states = [], []
-        for _ in range(n):
-            rows.append(buffer.rows(np.random.permutation(buffer.buffer_size * buffer.n_envs)))
-            states.append(np.random.get_state())
-        minibatches = self._in_turn(buffer.whole(), np.concatenate(rows))
-        for i, state in enumerate(states, start=1):
-            try:
-                yield islice(minibatches, -(-len(rows[0]) // self._problem.batch_size))
-            except GeneratorExit:
-                if i < n:  # an early stop: what was drawn for later passes was not drawn
-                    np.random.set_state(state)
-                raise
-
-    def _in_turn(self, samples: RolloutSamples, rows: np.ndarray[Any, Any]) -> Minibatches:
-        """Minibatch after minibatch. With a finite gradient comes the whole rollout, to save the device work."""
-        size, flat, done = self._problem.batch_size, _flat_batch(samples), 0
-        while done < len(rows):
-            n = self._n_ahead((len(rows) - done) // size)
-            loop = self._loop([tensor[:size] for tensor in flat]) if n else None
-            if loop is not None and self._found is not None:
-                self._found.n_calls += n
-                some = rows[done : done + n * size].reshape(n, size)
-                for gradient, own in zip(self._launched(loop, flat, some), some, strict=True):
-                    is_finite = math.isfinite(float(gradient.loss + gradient.norm))
-                    yield samples if is_finite else pick(samples, sent(own, flat[0].device)), gradient
-                done += n * size
-            else:
-                batch = pick(samples, sent(rows[done : done + size], flat[0].device))
-                yield batch, self(batch)
-                done += size
-
-    def _n_ahead(self, n: int) -> int:
-        """How many of the next n minibatches are not to be compared with the eager update."""
-        return 0 if self._found is None else min(n, self._found.n_before_due())
-
     def __call__(self, batch: Any) -> Gradient:
         if len(batch.advantages) != self._problem.batch_size or not self._is_known(batch):
             return self._eager(batch)
-        flat = _flat_batch(batch)
+        flat = flat_batch(batch)
         self._prepare(batch, flat)
-        if self._is_recorded:
-            self._loop(flat)
         if self._found is None or (self._shapes is not None and shapes(flat) != self._shapes):
             return self._eager(batch)
         return self._checked(batch, flat) if self._found.is_due() else self._run(flat)
@@ -287,12 +209,12 @@ class CompiledUpdate:
         used_ids = {id(parameter) for parameter in self._used}
         position = {id(value): i for i, value in enumerate(self._values) if id(value) in used_ids}
         positions = [position[id(parameter)] for parameter in self._used]
-        counts = [len(self._values), len(flat), 1, int(self._is_gated())]
-        n_numbers = [len(self._scheduled), len(self._problem.limits), int(self._is_recorded)]
+        counts = [len(self._values), len(flat), 1, len(self._controls())]
+        n_numbers = [len(self._scheduled), len(self._problem.limits)]
 
         def function(*inputs: th.Tensor) -> list[th.Tensor]:
-            values, samples, (packed,), control, states = _cut(inputs, counts)
-            scalars, limits, most_failures, of_step = _cut(packed.unbind(), n_numbers)
+            values, samples, (packed,), controls, states = _cut(inputs, counts)
+            scalars, limits, of_step = _cut(packed.unbind(), n_numbers)
             hp = _with_tensors(self._problem.hp, dict(zip(self._scheduled, scalars, strict=True)))
             parameters = [values[i] for i in positions]
             loss, diagnostics = self._known.tensors.replaced(
@@ -309,11 +231,7 @@ class CompiledUpdate:
                 buffer, *states = states
                 gradient = th.cat([gradient.flatten() for gradient in gradients])
                 new = self._rule.stepped(parameters, gradient, states, of_step)
-                may_step = is_finite & is_within
-                if control:
-                    is_running = control[0][0] > 0
-                    may_step, gradient = may_step & is_running, th.where(is_running, gradient, buffer)
-                    control[0].copy_(_controlled(control[0], is_finite, is_within, most_failures[0]))
+                may_step, gradient = self._gated(is_finite, is_within, gradient, buffer, controls)
                 buffer.copy_(gradient)
                 for old, value in zip([*parameters, *states], new, strict=True):
                     old.copy_(th.where(may_step, value, old))
@@ -331,12 +249,7 @@ class CompiledUpdate:
         if self._packed.tolist() != numbers:
             self._packed[:] = numbers  # on a CPU that is all: the tensor is the same memory
             self._passed = th.from_numpy(self._packed).to(self._values[0].device)
-        control = [th.tensor(self._control(), dtype=th.float64, device=self._passed.device)] if self._is_gated() else []
-        return [*self._values, *flat, self._passed, *control, *self._states()]
-
-    def _control(self) -> tuple[float, float]:
-        """The update runs, after so many failures in a row."""
-        return 1.0, float(self._problem.owner._nonfinite_in_a_row)
+        return [*self._values, *flat, self._passed, *self._controls(), *self._states()]
 
     def _all_numbers(self) -> list[float]:
         return [*self._numbers, *self._rule.numbers()] if self._rule else self._numbers
@@ -345,44 +258,30 @@ class CompiledUpdate:
         """What the step changes besides the parameters, and where the gradient goes."""
         return [self._buffer, *self._rule.states()] if self._rule and self._buffer is not None else []
 
+    def _controls(self) -> list[th.Tensor]:
+        """What :meth:`_gated` reads and writes."""
+        return []
+
+    def _gated(
+        self,
+        is_finite: th.Tensor,
+        is_within: th.Tensor | bool,
+        gradient: th.Tensor,
+        buffer: th.Tensor,
+        controls: Sequence[th.Tensor],
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Whether the step is made, and what the gradient is afterwards: a part of the compiled function.
+
+        :param is_finite: loss and gradient are
+        :param is_within: no limit is exceeded
+        :param gradient: of this minibatch
+        :param buffer: the gradient before it
+        :param controls: :meth:`_controls`
+        """
+        return is_finite & is_within, gradient
+
     # --- running it ---------------------------------------------------------------------------------------------------
-
-    def _is_gated(self) -> bool:
-        """Whether the function decides itself which steps it makes, because the host is not asked between them."""
-        return self._is_recorded and self._rule is not None
-
-    def _loop(self, flat: Sequence[th.Tensor]) -> RecordedLoop | None:
-        """The function as the device keeps it for the tensors of now, recorded if need be, and if it can be."""
-        found = self._found
-        if found is None or not self._is_gated() or not all([tensor.is_contiguous() for tensor in flat]):
-            return None
-        buffer, states, size = self._problem.owner.rollout_buffer, self._states(), self._problem.batch_size
-        n = max(size, buffer.buffer_size * buffer.n_envs)
-        if found.loop is not None and found.loop.is_of(self._values, states, n):
-            return found.loop
-        found.loop, room, n_results = None, n // size, 2 + len(found.names)
-        if found.n_recordings == _MOST_RECORDINGS:
-            return None
-        found.n_recordings += 1
-        numbers, control = self._all_numbers(), self._control()
-        try:
-            found.loop = RecordedLoop(found.call, self._values, flat, n, room, numbers, control, states, n_results)
-        except Exception as error:  # a kernel that cannot be recorded, or no memory: training goes on without
-            self._give_up(f"it cannot be recorded for the device: {first_line(error)}")
-        return found.loop
-
-    def _give_up(self, reason: str) -> None:
-        """Run eagerly from now on."""
-        self._engine.reject(self._unit, self._key, reason)
-        self._engine.ready.pop(self._unit, None)
-        self._found = None
-
-    def _launched(self, loop: RecordedLoop, flat: Sequence[th.Tensor], rows: np.ndarray[Any, Any]) -> list[Gradient]:
-        """Give the device minibatches, ``[n, b]`` rows of samples, and read what became of them."""
-        results = loop.run(flat, rows, self._all_numbers(), self._control()).tolist()
-        if getattr(self._used[0].grad, "_base", None) is not self._buffer:
-            self._show_gradients()
-        return [self._gradient_of(numbers) for numbers in results]
 
     def _gradient_of(self, numbers: list[float]) -> Gradient:
         assert self._found is not None
@@ -391,8 +290,6 @@ class CompiledUpdate:
 
     def _run(self, flat: list[th.Tensor]) -> Gradient:
         assert self._found is not None
-        if self._found.loop is not None:
-            return self._launched(self._found.loop, flat, np.arange(self._problem.batch_size)[None])[0]
         with th.no_grad():
             *gradients, numbers = self._found.call(self._inputs(flat))
         if self._rule is None:
@@ -477,23 +374,6 @@ def _is_within(diagnostics: Mapping[str, th.Tensor], limits: Mapping[str, th.Ten
     return is_within
 
 
-def _controlled(
-    control: th.Tensor, is_finite: th.Tensor, is_within: th.Tensor | bool, most_failures: th.Tensor
-) -> th.Tensor:
-    """
-    What the host does between two minibatches, for a device that it is ahead of: nothing is stepped any more after a
-    limit was exceeded, or after too many losses or gradients in a row that were not finite.
-
-    :param control: whether the update still runs, failures in a row, ``[2]``
-    :param is_finite: of this minibatch
-    :param is_within: of this minibatch
-    :param most_failures: so many in a row end the update
-    """
-    is_running, n_failures = control.unbind()
-    n_failures = th.where(is_finite, 0.0, n_failures + 1)
-    return th.stack([is_running * is_within * (n_failures < most_failures), n_failures])
-
-
 def gradient_buffer(parameters: Sequence[nn.Parameter]) -> th.Tensor:
     """
     One vector of which the parameters' gradients are views, made so where they are not: a compiled function then has
@@ -563,7 +443,8 @@ def unflat_observations(template: Any, tensors: Sequence[th.Tensor]) -> Any:
     return dict(zip(sorted(template), tensors, strict=True)) if isinstance(template, dict) else tensors[0]
 
 
-def _flat_batch(batch: Any) -> list[th.Tensor]:
+def flat_batch(batch: Any) -> list[th.Tensor]:
+    """The tensors of a minibatch, in a fixed order."""
     extras = batch[6] if len(batch) > 6 else ()
     return [*flat_observations(batch[0]), *batch[1:6], *extras]
 

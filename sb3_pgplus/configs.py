@@ -356,6 +356,8 @@ def resolve_settings(
     given: dict[str, Any] = {"algo": algo, "env": env, "seed": seed, "n_envs": n_envs, "backend": backend}
     given["n_timesteps"] = n_timesteps
     block |= {name: value for name, value in given.items() if value is not None}
+    if overrides:
+        source = f"{source} and --set"
     for text in overrides:
         path, value = parse_assignment(text)
         if path[0] in ("algo", "env"):

@@ -32,6 +32,7 @@ from sb3_pgplus.errors import warn_user
 from sb3_pgplus.guards import broken_policy, without_distribution_checks
 from sb3_pgplus.optimizers import has_own_zero_grad
 from sb3_pgplus.policies import fisher_outputs, submodules
+from sb3_pgplus.recorded_update import RecordedUpdate
 from sb3_pgplus.sampling import Draw, noise_of, sample
 from sb3_pgplus.tracing import Known, Snapshot, Tensors, check_policy, fingerprint, foreign_method
 
@@ -175,7 +176,8 @@ class Engine:
         if reason is not None:
             self._reasons[unit] = reason
             return eager
-        return CompiledUpdate(self, unit, problem, known, eager)
+        kind = RecordedUpdate if is_recordable(known.tensors.values[0].device) else CompiledUpdate
+        return kind(self, unit, problem, known, eager)
 
     def _examine(self, problem: GradientProblem) -> tuple[Known, str | None]:
         """What is known about the modules of a loss, and why its gradient must not be compiled."""

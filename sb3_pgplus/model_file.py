@@ -122,11 +122,14 @@ def read(source: PathOrFile) -> ModelFile:
     Read a model's file and verify what will be used of it.
 
     :param source: file name, with or without ``.zip``, or an open file
-    :raises OSError: if there is no such file
+    :raises OSError: if there is no such file (``FileNotFoundError``), or it cannot be read
     :raises ModelFileError: if it is damaged, or no model's
     """
     name = getattr(source, "name", type(source).__name__) if isinstance(source, io.IOBase) else str(source)
-    file = open_path(source, "r", suffix="zip")
+    try:
+        file = open_path(source, "r", suffix="zip")
+    except FileNotFoundError as error:  # SB3's message has the suffix twice
+        raise FileNotFoundError(f"there is no model file {name}") from error
     try:
         with _as_model_file_error(str(name)), zipfile.ZipFile(file) as archive:
             contents = _read_members(archive)

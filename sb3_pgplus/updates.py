@@ -13,7 +13,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer, double, has_stock_sampling, stored_array
-from sb3_pgplus.compiled_update import CompiledUpdate, Gradient, GradientProblem, LossFunction, Minibatches
+from sb3_pgplus.compiled_update import Gradient, GradientProblem, LossFunction, Minibatches
 from sb3_pgplus.core.advantages import normalize
 from sb3_pgplus.core.losses import clipped_value_loss, explained_variance, value_clip_fraction, value_loss
 from sb3_pgplus.core.running_stats import moments_of
@@ -25,6 +25,7 @@ from sb3_pgplus.hparams import MinibatchHparams, PolicyGradientHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.optimizers import drop_gradients, has_own_zero_grad, step, zero_grad
 from sb3_pgplus.policies import RunningMoments
+from sb3_pgplus.recorded_update import RecordedUpdate
 
 if TYPE_CHECKING:  # a mix-in of one class: let the type checker see what it is mixed into
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm as _Base
@@ -122,7 +123,7 @@ class GradientUpdates(_Base):
         :param ahead: nothing else happens between them
         """
         buffer: Any = self.rollout_buffer
-        if isinstance(gradient_of, CompiledUpdate) and has_stock_sampling(buffer):
+        if isinstance(gradient_of, RecordedUpdate) and has_stock_sampling(buffer):
             yield from gradient_of.epochs(buffer, n, ahead)
             return
         for _ in range(n):

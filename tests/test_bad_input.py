@@ -332,6 +332,12 @@ def test_an_unknown_policy_name_lists_the_known_ones_or_names_it():
 # --- contradictions -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["clip_observations", "normalize_floats_only"])
+def test_what_the_algorithm_tells_its_policy_is_not_taken_from_policy_kwargs(name):
+    with pytest.raises(ValueError, match=rf"policy_kwargs\['{name}'\].*give `clip_observations`"):
+        construct(**SMALL, policy_kwargs={name: 5.0})
+
+
 @pytest.mark.parametrize(
     ("flat", "value", "policy_kwargs"),
     [

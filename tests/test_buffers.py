@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_pgplus import PPOPlus, TorchDictRolloutBuffer, TorchRolloutBuffer, presets
 from sb3_pgplus.buffers import RolloutEnd
-from sb3_pgplus.compiled_update import _flat_batch
+from sb3_pgplus.compiled_update import flat_batch
 
 T, N = 5, 3
 BOX = spaces.Box(-1e6, 1e6, (2,), np.float32)
@@ -454,7 +454,7 @@ def test_the_whole_rollout_is_the_batch_of_everything_in_the_order_of_storage_wi
     assert th.equal(whole.old_values, buffer.tensor("values").flatten())
     order = batch.old_values.argsort()  # the values number the samples
     by_storage = whole.old_values.argsort()
-    for one, other in zip(_flat_batch(whole), _flat_batch(batch), strict=True):
+    for one, other in zip(flat_batch(whole), flat_batch(batch), strict=True):
         assert th.equal(one[by_storage], other[order])
     assert whole.advantages.data_ptr() == buffer.tensor("advantages").data_ptr()
 

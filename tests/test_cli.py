@@ -331,6 +331,12 @@ def test_a_bad_configuration_file_is_named(text: str, message: str, tmp_path: Pa
     assert re.search(message, result.output), result.output
 
 
+def test_a_wrong_value_on_the_command_line_is_not_blamed_on_the_file_alone() -> None:
+    result = run("train", "--env", "CartPole-v1", "--set", "gamma=2")
+    assert result.exit_code == 2
+    assert re.search(r"`gamma`.*\(settings from zoo_configs/ppoplus\.yml, block CartPole-v1 and --set\)", result.output)
+
+
 def test_no_environment_at_all_asks_for_one() -> None:
     result = run("train")
     assert result.exit_code == 2

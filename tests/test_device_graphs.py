@@ -17,7 +17,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from tape import record_on_tape
 
-from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, compiled_update, compiler, device_graphs, make_vec_env
+from sb3_pgplus import A2CPlus, PPOPlus, TRPOPlus, compiler, device_graphs, make_vec_env, recorded_update
 from sb3_pgplus.buffers import TorchRolloutBuffer
 from sb3_pgplus.core.natural_gradient import fisher_vector_product
 from sb3_pgplus.device_graphs import RecordedCall, RecordedLoop
@@ -232,7 +232,7 @@ def test_states_that_two_functions_join_in_turn_are_not_recorded_for_ever(
 ) -> None:
     settings = PPO | {"n_critic_epochs": n_critic_epochs}
     recorded = recordings.train(compile=True, n=12, **settings)
-    assert len(recordings.functions) <= 1 + 2 * compiled_update._MOST_RECORDINGS
+    assert len(recordings.functions) <= 1 + 2 * recorded_update._MOST_RECORDINGS
     assert_same(
         recorded, recordings.train(compile=False, n=12, **settings), tolerance=1e-3
     )  # a sample at the edge of a clip

@@ -35,7 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     | frozenset(
         {"callback_tree", "checkpoints", "tracing", "vec_env", "statistics", "processes", "process_server", "threads"}
     )
-    | frozenset({"serialization", "model_file", "sb3_files", "interruptions", "device_graphs"}),
+    | frozenset({"serialization", "model_file", "sb3_files", "interruptions", "device_graphs", "recorded_update"}),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"})  # parts of on_policy
     | frozenset({"resuming", "training_state"}),
     frozenset({"on_policy"}),

@@ -286,6 +286,13 @@ def test_loading_what_is_no_model_is_an_error(bad, tmp_path):
         PPOPlus.load(path, device="cpu")
 
 
+@pytest.mark.parametrize("name", ["nothing", "nothing.zip"])
+def test_a_missing_file_is_called_as_the_user_calls_it(name, tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        PPOPlus.load(tmp_path / name, device="cpu")
+    assert str(caught.value) == f"there is no model file {tmp_path / name}"
+
+
 # --- changes while loading ----------------------------------------------------------------------------------
 
 

@@ -196,6 +196,13 @@ def test_a_space_that_cannot_be_is_refused_by_name(text: str, message: str, tmp_
         read_space(path, "ppoplus")
 
 
+def test_a_space_of_another_algorithm_is_refused_before_the_first_trial() -> None:
+    settings = resolve_settings(env="CartPole-v1", n_timesteps=128)
+    with pytest.raises(ConfigError, match=r"space, kl_reduction: no setting of ppoplus"):
+        TuningPlan(settings, SPACES["trpoplus"])
+    assert all(TuningPlan(replace(settings, algo=algo), space).space is space for algo, space in SPACES.items())
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
@@ -297,8 +304,12 @@ def test_hyperband_gives_up_within_a_training_but_not_in_its_first_third(
     assert pruned and all(3 <= trial.last_step < 9 for trial in pruned)
 
 
-def test_what_costs_too_much_is_infeasible_and_never_ranked(small_space: Path, tmp_path: Path) -> None:
-    slow = tiny(small_space, max_seconds=1e-3, n_trials=2, top=1, test_seeds=(FIRST_TEST_SEED,))
+@pytest.mark.parametrize("with_defaults", [False, True])
+def test_what_costs_too_much_is_infeasible_and_never_ranked(
+    small_space: Path, tmp_path: Path, with_defaults: bool
+) -> None:
+    options = {"enqueue": with_defaults, "top": 1, "test_seeds": (FIRST_TEST_SEED,)}
+    slow = tiny(small_space, max_seconds=1e-3, n_trials=2, **options)
     result = tune(slow, sqlite(tmp_path), "time")
     assert [trial.state for trial in result.study.trials] == [TrialState.PRUNED] * 2
     assert all(trial.constraints["time"] > 0 for trial in result.study.trials)
@@ -309,6 +320,19 @@ def test_what_costs_too_much_is_infeasible_and_never_ranked(small_space: Path, t
     assert large.state == TrialState.PRUNED and large.constraints["memory"] > 0
     within = tune(tiny(small_space, max_memory=1e6, max_seconds=1e6, n_trials=1), sqlite(tmp_path), "within").study
     assert within.best_trial.constraints.keys() == {"time", "memory"}
+
+
+def test_defaults_beyond_the_limits_are_ranked_as_a_yardstick_but_not_recommended(
+    small_space: Path, tmp_path: Path, pretend: Any
+) -> None:
+    # A pretended training of score x takes 1 + x % 1 seconds: the defaults have 5.9 in 1.9 s, the others 5.1 in 1.1 s.
+    pretend(lambda settings, seed: 5.1 if "gae_lambda" in settings else 5.9)
+    plan = tiny(small_space, n_trials=3, top=1, test_seeds=(FIRST_TEST_SEED,), enqueue=True, max_seconds=1.5)
+    result = tune(plan, sqlite(tmp_path), "study")
+    assert [candidate.test_score for candidate in result.ranking] == [5.9, 5.1]
+    assert result.ranking[0].origin == "default"
+    write_results(result, tmp_path)
+    assert f"# Trial {result.ranking[1].number} of the study" in (tmp_path / "best.yml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("sampler", ["gp", "random"])

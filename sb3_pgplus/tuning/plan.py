@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sb3_pgplus.configs import ConfigError, RunSettings
-from sb3_pgplus.tuning.spaces import Space
+from sb3_pgplus.tuning.spaces import Space, check_setting
 
 FIRST_TEST_SEED = 10_000
 """Tuning seeds count up from 0, test seeds from here."""
@@ -62,6 +62,8 @@ class TuningPlan:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        for name, row in self.space.items():
+            check_setting(row.setting, self.settings.algo, f"space, {name}")
         _require_one_of("objective", self.objective, OBJECTIVES)
         _require_one_of("prune", self.prune, PRUNERS)
         _require_one_of("sampler", self.sampler, SAMPLERS)

@@ -62,17 +62,19 @@ def best_trials(study: optuna.Study, plan: TuningPlan) -> list[FrozenTrial]:
 
 def candidates_of(study: optuna.Study, plan: TuningPlan) -> list[Candidate]:
     """
-    The ``plan.top`` best trials and the constructor's defaults, whatever their score.
+    The ``plan.top`` best trials and, beside them, the constructor's defaults, whatever their score.
 
     :param study: the study
     :param plan: its plan
     """
     trials = best_trials(study, plan)[: plan.top]
+    if not trials:
+        return []
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     defaults = [trial for trial in finished if trial.user_attrs.get("origin") == "default"]
     numbers = {trial.number for trial in trials}
     candidates = [_candidate(trial) for trial in [*trials, *(t for t in defaults[:1] if t.number not in numbers)]]
-    if trials and not defaults:
+    if not defaults:
         settings = default_settings(plan.settings)
         exact = {"n_envs": settings.n_envs, "hyperparameters": settings.hyperparameters}
         candidates.append(Candidate(None, "default", exact, None))

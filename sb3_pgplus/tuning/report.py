@@ -18,7 +18,7 @@ from sb3_pgplus.files import write_atomically
 from sb3_pgplus.reporting.html_page import document, table
 from sb3_pgplus.run_folder import package_versions
 from sb3_pgplus.tuning.plan import TuningPlan
-from sb3_pgplus.tuning.ranking import Candidate, best_trials
+from sb3_pgplus.tuning.ranking import Candidate, best_trials, is_feasible
 from sb3_pgplus.tuning.study import TuningResult
 
 
@@ -50,13 +50,17 @@ def write_results(result: TuningResult, folder: Path, *, with_page: bool = True)
 
 def best_settings(result: TuningResult) -> tuple[str, dict[str, Any]] | None:
     """
-    The settings that ``sb3-pgplus train --config`` takes: the ranking's first, without a ranking the search's best.
+    The settings that ``sb3-pgplus train --config`` takes: the ranking's first within the limits, without a ranking the
+    search's best.
 
     :param result: of a study
-    :return: a comment and the settings, or nothing where no trial was completed
+    :return: a comment and the settings, or nothing where no trial was completed within the limits
     """
     if result.ranking:
-        winner = result.ranking[0]
+        beyond = {trial.number for trial in result.study.get_trials(deepcopy=False) if not is_feasible(trial)}
+        winner = next((candidate for candidate in result.ranking if candidate.number not in beyond), None)
+        if winner is None:
+            return None
         low, high = winner.interval or (float("nan"), float("nan"))
         seeds = len(winner.test_scores)
         score = f"{winner.test_score:.6g} on {seeds} test seeds (95 % interval {low:.6g} to {high:.6g})"

@@ -263,15 +263,25 @@ def read_space(path: Path, algo: str) -> Space:
     return {name: _row(name, entry, algo, f"{path}, {name}") for name, entry in content.items()}
 
 
+def check_setting(name: str, algo: str, where: str) -> None:
+    """
+    :param name: of what a row of a table sets
+    :param algo: name of the algorithm
+    :param where: for the message
+    :raises ConfigError: if the algorithm has no such setting
+    """
+    known = {*_defaults(algo), *PLUMBING, *DERIVED} - {"seed", "device", "verbose"}
+    if name.partition(".")[0] not in known:
+        raise ConfigError(f"{where}: no setting of {algo}{nearest(name, known)}")
+
+
 def _row(name: str, entry: Any, algo: str, where: str) -> Parameter:
     builtin = SPACES[algo]
     if entry == "default":
         if name not in builtin:
             raise ConfigError(f"{where}: the built-in space has no such row; it has {', '.join(builtin)}")
         return builtin[name]
-    known = {*_defaults(algo), *PLUMBING, *DERIVED} - {"seed", "device", "verbose"}
-    if name.partition(".")[0] not in known:
-        raise ConfigError(f"{where}: no setting of {algo}{nearest(name, known)}")
+    check_setting(name, algo, where)
     if isinstance(entry, list) and entry:
         simple = all(isinstance(choice, bool | int | float | str | None) for choice in entry)
         return _choice(name, *entry) if simple else _plain(name, *entry)
