@@ -28,6 +28,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_pgplus import A2CPlus
 from sb3_pgplus.files import write_atomically
+from sb3_pgplus.statistics import iqm, iqm_interval, probability_of_improvement
 
 STORE = pathlib.Path(__file__).parent / "results" / "a2c_sweep"
 TASKS = {"HalfCheetah-v5": 300_000, "Reacher-v5": 300_000, "CartPole-v1": 100_000}
@@ -135,6 +136,22 @@ def cell_text(cell: list[float]) -> str:
     return f"{np.mean(cell):.{digits}f}{spread}" + (f" ({len(cell)})" if len(cell) < len(SEARCH_SEEDS) else "")
 
 
+def print_comparison(winner: Setting) -> None:
+    """Interquartile means on the fresh seeds, and how likely a run of the winner beats one of SB3's values."""
+    found = scores(FRESH_SEEDS, {winner, SB3_SETTING})
+    for task in TASKS:
+        ours, theirs = (found.get((task, setting), []) for setting in (winner, SB3_SETTING))
+        if not ours or not theirs:
+            continue
+        for name, cell in (("winner", ours), ("SB3's values", theirs)):
+            low, high = iqm_interval(cell)
+            print(f"{task}, {name}: IQM {iqm(cell):.1f} ({low:.1f} to {high:.1f})")
+        probability, interval = probability_of_improvement([ours], [theirs])
+        low, high = interval or (float("nan"), float("nan"))
+        print(f"{task}, P(winner better): {probability:.2f} ({low:.2f} to {high:.2f})")
+    print()
+
+
 def print_table(title: str, seeds: tuple[int, ...], settings: Collection[Setting]) -> None:
     """A Markdown table of what is stored: mean ± standard deviation over seeds."""
     found = scores(seeds, settings)
@@ -171,6 +188,7 @@ def main() -> None:
     print_table("The grid", SEARCH_SEEDS, GRID_SETTINGS)
     print_table("Tried once, outside the grid", SEARCH_SEEDS, stored - GRID_SETTINGS)
     print_table("Winner and SB3's values on fresh seeds", FRESH_SEEDS, stored)
+    print_comparison(ranking(scores(SEARCH_SEEDS, GRID_SETTINGS))[0][1])
 
 
 if __name__ == "__main__":

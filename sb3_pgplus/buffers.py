@@ -5,7 +5,8 @@ A rollout is stored time-major, ``[T, N, ...]``, and flattened environment-major
 which SB3 shuffles, so that the same permutation picks the same samples.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard
 
@@ -51,6 +52,8 @@ class RolloutEnd:
     #: What the environments returned last, ``[N, ...]``, and whether their last step ended an episode, ``[N]``.
     last_observations: PyTorchObs | None = None
     last_dones: np.ndarray[Any, Any] | None = None
+    #: V of these observations, ``[N]``.
+    last_values: th.Tensor | None = None
 
     #: Of environments on the device, for each step: which episodes a time limit cut ``[N]``, and the observations after
     #: the step ``[N, ...]``.
@@ -90,6 +93,7 @@ class _NumpyView:
     def __get__(self, buffer: Any, owner: type | None = None) -> Any:
         if buffer is None:
             return self
+        buffer._is_seen = True
         return map_observations(buffer.tensor(self.name), lambda tensor: tensor.cpu().numpy())
 
     def __set__(self, buffer: Any, value: Any) -> None:
@@ -136,9 +140,17 @@ class TorchRolloutBuffer(RolloutBuffer):
     _storage: dict[str, Any] | None = None
     #: NumPy views of the storage, where it lies on the CPU.
     _rows: dict[str, np.ndarray[Any, Any]] | None = None
+    #: Whether somebody may have kept an array.
+    _is_seen = False
+    #: By what rewards are divided for the advantages, and where they are cut then.
+    reward_scale: tuple[Any, float] = (1.0, math.inf)
 
     def reset(self) -> None:
-        """Start a new rollout in the storage of the last one."""
+        """Start a new rollout in the storage of the last one, or in a new one if arrays of that were handed out."""
+        if self._is_seen:
+            self._storage = self._rows = None
+            self._is_seen = False
+        self._end, self._final_values = RolloutEnd(), th.zeros(0)
         self.pos = 0
         self.full = False
         self.generator_ready = False
@@ -235,6 +247,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         :param end: the steps that a time limit cut
         :param final_values: V of their final observations, ``[K]``
         """
+        self._end, self._final_values = end, final_values
         stored = self.arrays
         next_values, ends = stored["next_values"], stored["dones"]
         if self._rows is not None:
@@ -250,14 +263,16 @@ class TorchRolloutBuffer(RolloutBuffer):
     @np.errstate(all="ignore")  # as silent as torch
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray[Any, Any]) -> None:
         """
-        SB3's post-processing step: GAE, with every done treated as a termination.
+        SB3's post-processing step: GAE of the rewards, scaled as the rollout's were. Steps that a time limit cut go on
+        from the values of their final observations where a rollout has found those; any other end is a termination.
 
-        :param last_values: V of the observations after the last step, ``[N]``
+        :param last_values: V of the observations after the last step, ``[N]`` or ``[N, 1]``
         :param dones: whether the last step ended an episode, ``[N]``
         """
-        self.set_bootstraps(last_values, dones, RolloutEnd(), last_values.new_zeros(0))
-        fields = (self.arrays[name] for name in ("rewards", "values", "next_values", "dones"))
-        self.set_advantages(gae(*fields, gamma=self.gamma, gae_lambda=self.gae_lambda))
+        self.set_bootstraps(last_values, dones, self._end, self._final_values)
+        rewards, *rest = (self.arrays[name] for name in ("rewards", "values", "next_values", "dones"))
+        rewards = scaled_rewards(rewards, *self.reward_scale)
+        self.set_advantages(gae(rewards, *rest, gamma=self.gamma, gae_lambda=self.gae_lambda))
 
     def set_advantages(self, advantages: Any) -> None:
         """
@@ -265,6 +280,10 @@ class TorchRolloutBuffer(RolloutBuffer):
 
         :param advantages: ``[T, N]``, of the kind that :attr:`arrays` has
         """
+        if self._is_seen:  # those of before may have been kept
+            assert self._storage is not None
+            self._storage |= {name: th.empty_like(self._storage[name]) for name in ("advantages", "returns")}
+            self._view_storage()
         stored = self.arrays
         stored["advantages"][:] = advantages
         stored["returns"][:] = stored["advantages"] + stored["values"]
@@ -301,7 +320,12 @@ class TorchRolloutBuffer(RolloutBuffer):
         """
         assert self.full, "the rollout is not complete"
         n_samples = self.buffer_size * self.n_envs
-        samples = self._gather(np.random.permutation(n_samples), observations)
+        indices = np.random.permutation(n_samples)
+        if type(self)._get_samples is not TorchRolloutBuffer._get_samples:
+            size = batch_size or n_samples
+            yield from (self._get_samples(indices[first : first + size]) for first in range(0, n_samples, size))
+            return
+        samples = self._gather(indices, observations)
         if batch_size is None or batch_size >= n_samples:
             yield samples
         else:
@@ -315,6 +339,17 @@ class TorchRolloutBuffer(RolloutBuffer):
         """
         envs, steps = np.divmod(indices, self.buffer_size)
         return steps * self.n_envs + envs
+
+    def _get_samples(  # type: ignore[override]  # as `get`
+        self, batch_inds: np.ndarray[Any, Any], env: Any = None
+    ) -> RolloutSamples:
+        """
+        SB3's place for minibatches of one's own, called for each of them where a subclass overrides it.
+
+        :param batch_inds: numbers of samples in flattened order, ``[B]``
+        :param env: not used
+        """
+        return self._gather(batch_inds, None)
 
     def _gather(self, indices: np.ndarray[Any, Any], observations: th.Tensor | None) -> RolloutSamples:
         rows = th.as_tensor(self.rows(indices), device=self.device)
@@ -533,5 +568,61 @@ def has_stock_sampling(buffer: RolloutBuffer) -> TypeGuard[TorchRolloutBuffer]:
 
     :param buffer: any
     """
+    return isinstance(buffer, TorchRolloutBuffer) and _is_stock(buffer, ("get", "_gather", "_get_samples", "whole"))
+
+
+def has_own_advantages(buffer: RolloutBuffer) -> bool:
+    """
+    Whether a buffer of our kind computes advantages in a way of its own, in SB3's place for that.
+
+    :param buffer: any
+    """
+    return isinstance(buffer, TorchRolloutBuffer) and not _is_stock(buffer, ("compute_returns_and_advantage",))
+
+
+def _is_stock(buffer: RolloutBuffer, names: Iterable[str]) -> bool:
     own, kind, stock = vars(buffer), type(buffer), vars(TorchRolloutBuffer)
-    return all(name not in own and getattr(kind, name, None) is stock[name] for name in ("get", "_gather", "whole"))
+    return all(name not in own and getattr(kind, name, None) is stock[name] for name in names)
+
+
+def scaled_rewards(rewards: Any, std: Any, limit: float) -> Any:
+    """
+    Rewards as the advantages see them, VecNormalize's formula: ``clip(r/σ, −c, c)``.
+
+    :param rewards: a tensor or an array
+    :param std: σ
+    :param limit: c
+    :return: of the same type; the rewards themselves where σ is the number 1 and nothing is cut
+    """
+    if isinstance(std, float) and std == 1.0 and limit == math.inf:
+        return rewards
+    if isinstance(rewards, th.Tensor):
+        return (rewards.double() / std).clamp(-limit, limit).to(rewards.dtype)
+    return np.minimum(np.maximum(double(rewards) / float(std), -limit), limit).astype(rewards.dtype)
+
+
+_DISCOUNTS = ("gamma", "gae_lambda")
+
+
+def note_discounts(buffer: RolloutBuffer) -> None:
+    """
+    Remember γ and λ as they are in a buffer.
+
+    :param buffer: ours or SB3's
+    """
+    buffer.__dict__["_noted_discounts"] = [getattr(buffer, name) for name in _DISCOUNTS]
+
+
+def agree_on_discounts(model: Any, buffer: RolloutBuffer) -> None:
+    """
+    One γ and one λ: what was assigned to the buffer since, where SB3 reads them, goes to the model, otherwise what the
+    model has to the buffer.
+
+    :param model: with attributes of these names
+    :param buffer: ours or SB3's
+    """
+    noted = buffer.__dict__.get("_noted_discounts", [None] * len(_DISCOUNTS))
+    for name, before in zip(_DISCOUNTS, noted, strict=True):
+        source, target = (model, buffer) if getattr(buffer, name) == before else (buffer, model)
+        setattr(target, name, getattr(source, name))
+    note_discounts(buffer)

@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from sb3_pgplus.buffers import TorchDictRolloutBuffer, TorchRolloutBuffer
+from sb3_pgplus.buffers import TorchDictRolloutBuffer, TorchRolloutBuffer, has_own_advantages, note_discounts
 from sb3_pgplus.construction import locate_class
 from sb3_pgplus.errors import HyperparameterError, warn_user
 from sb3_pgplus.hparams import PolicyGradientHparams
@@ -77,8 +77,14 @@ class ModelBuilding(_Base):
             n_envs=self.n_envs,
             **self.rollout_buffer_kwargs,
         )
+        note_discounts(buffer)
         if not isinstance(buffer, TorchRolloutBuffer):
             self._check_foreign_buffer(hp, buffer)
+        elif has_own_advantages(buffer) and hp.advantage_estimator != "gae":
+            raise HyperparameterError(
+                f"`advantage_estimator`={hp.advantage_estimator!r} has no effect with `rollout_buffer_class`="
+                f"{type(buffer).__name__}, whose compute_returns_and_advantage is its own"
+            )
         elif hp.sb3_exact:
             buffer.memory_format = th.contiguous_format
         return buffer
@@ -172,11 +178,19 @@ class ModelBuilding(_Base):
         critic = critic_only_parameters(policy)
         if not critic:
             raise HyperparameterError("`critic_learning_rate` is set, but no parameter belongs to the critic alone")
+        groups, own = policy.optimizer.param_groups, {id(parameter) for parameter in policy.parameters()}
+        is_stock = type(policy.optimizer) is policy.optimizer_class and len(groups) == 1
+        if not is_stock or {id(parameter) for parameter in groups[0]["params"]} != own:
+            raise HyperparameterError(
+                f"`critic_learning_rate` is set, but {cast(Any, self.policy_class).__name__} made its own optimiser, a "
+                f"{type(policy.optimizer).__name__}, which another would replace: give the critic's parameters a group "
+                "with a rate of its own there"
+            )
         critic_ids = {id(parameter) for parameter in critic}
         actor = [parameter for parameter in policy.parameters() if id(parameter) not in critic_ids]
         optimizer_class: Any = policy.optimizer_class
-        groups = [{"params": actor}, {"params": critic}]
-        policy.optimizer = optimizer_class(groups, lr=self.lr_schedule(1), **policy.optimizer_kwargs)
+        both = [{"params": actor}, {"params": critic}]
+        policy.optimizer = optimizer_class(both, lr=self.lr_schedule(1), **policy.optimizer_kwargs)
 
 
 def _accepts(policy_class: type[Any], name: str) -> bool:

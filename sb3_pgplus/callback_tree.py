@@ -31,6 +31,7 @@ def is_known(callback: Any) -> bool:
     packages = {__name__.partition(".")[0], "stable_baselines3"}
     return all(
         type(member).__module__.partition(".")[0] in packages
+        and not any(hasattr(BaseCallback, name) for name in vars(member))  # a method put in its place
         # SB3 wraps functions in one of these, and None, too.
         and not (isinstance(member, ConvertCallback) and member.callback is not None)
         for member in callbacks_in(callback)

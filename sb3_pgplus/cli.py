@@ -7,8 +7,6 @@ Torch and Stable-Baselines3 are imported inside the commands, so ``--help`` answ
 from __future__ import annotations
 
 import shlex
-import shutil
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +58,9 @@ TrainSeed = Annotated[int | None, typer.Option("--seed", help="Random seed; by d
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Progress bar.")]
 Backend = Annotated[
     str | None,
-    typer.Option("--backend", help="Runs the environments: auto, dummy, subproc, workers, mujoco, gymnasium, envpool."),
+    typer.Option(
+        "--backend", help="Runs the environments: auto, serial, dummy, subproc, workers, mujoco, gymnasium, envpool."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
 Project = Annotated[str, typer.Option("--project", envvar="WANDB_PROJECT", help="Of Weights & Biases.")]
@@ -588,6 +588,8 @@ def _print_error(message: str) -> None:
 
 
 def _report(run: FinishedRun, console: Console) -> None:
+    from sb3_pgplus.configs import this_command
+
     steps = run.model.num_timesteps
     if run.interrupted:
         console.print(f"[yellow]Interrupted after {steps:,} steps; what was learned until then is saved.")
@@ -595,7 +597,7 @@ def _report(run: FinishedRun, console: Console) -> None:
         console.print(_table(run.evaluation))
     speed = steps / max(run.seconds, 1e-9)
     console.print(f"{steps:,} steps in {_duration(run.seconds)}, {speed:,.0f} steps/s", highlight=False)
-    command, folder = _command(), shlex.quote(str(run.folder.path))
+    command, folder = this_command(), shlex.quote(str(run.folder.path))
     lines = [f"{command} evaluate {folder}", f"{command} enjoy {folder} --record"]
     if run.interrupted:
         lines.insert(0, f"{command} train --resume {folder}")
@@ -623,14 +625,6 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def _command() -> str:
-    """Return what to type for this same program again."""
-    started_as = Path(sys.argv[0])
-    if started_as.stem != "sb3-pgplus":
-        return "python -m sb3_pgplus.cli"
-    return "sb3-pgplus" if shutil.which("sb3-pgplus") else shlex.quote(str(started_as))
 
 
 if __name__ == "__main__":

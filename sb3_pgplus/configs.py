@@ -11,6 +11,9 @@ import ast
 import importlib
 import math
 import re
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -450,3 +453,11 @@ def whole_number(name: str, value: Any, minimum: int = 1) -> int:
     if not is_number or not math.isfinite(value) or value != int(value) or value < minimum:
         raise ConfigError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
     return int(value)
+
+
+def this_command() -> str:
+    """What to type for this same program again."""
+    started_as = Path(sys.argv[0])
+    if started_as.stem != "sb3-pgplus":
+        return "python -m sb3_pgplus.cli"
+    return "sb3-pgplus" if shutil.which("sb3-pgplus") else shlex.quote(str(started_as))

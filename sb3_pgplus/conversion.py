@@ -25,7 +25,10 @@ def convert(source: Path, target: Path, algo: str | None = None) -> list[str]:
     if algo is None:
         stock = algorithm_of(read(source).data)
         if stock is None:
-            raise ConfigError(f"{source} does not say which algorithm saved it: give --algo")
+            raise ConfigError(
+                f"{source} is not, as far as its attributes say, of this package, of SB3's PPO or A2C, or of "
+                "sb3-contrib's TRPO, and no other can be converted; if it is, say which with --algo"
+            )
         algo = f"{stock}plus".lower()
     algorithm_class(algo).load(source, device="cpu").save(target)
     return pickled_attributes(target)

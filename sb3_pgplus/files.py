@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import stat
 import tempfile
 
 
@@ -16,21 +17,31 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """
     target = pathlib.Path(os.path.realpath(path))  # through a link, the file it names
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    # A name may have 255 bytes: the temporary one is not to be what makes it too long.
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:50]}.", suffix=".tmp")
+    except OSError as error:  # which names the temporary file
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; give it the mode that an ordinary open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, _mode_of(target))
         os.replace(temporary, target)
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
         raise
     _flush_folder(target.parent)
+
+
+def _mode_of(target: pathlib.Path) -> int:
+    """The permissions that an ordinary ``open()`` would leave: those of the old file, or a new one's."""
+    with contextlib.suppress(FileNotFoundError):
+        return stat.S_IMODE(target.stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def _flush_folder(folder: pathlib.Path) -> None:

@@ -48,7 +48,7 @@ from sb3_pgplus.policies import (
 )
 from sb3_pgplus.resuming import Resuming
 from sb3_pgplus.rollouts import RolloutProcessing
-from sb3_pgplus.schedules import as_schedule, describe_schedule, is_constant
+from sb3_pgplus.schedules import as_schedule, depends_on_progress_alone, describe_schedule, is_constant
 from sb3_pgplus.tracing import foreign_methods, is_known_class
 from sb3_pgplus.training_state import ActsBetweenIterations, between_iterations
 from sb3_pgplus.updates import GradientUpdates
@@ -187,7 +187,10 @@ class PolicyGradientPlus(
             return self._resolved[2]
         else:
             found = self._resolved[2].later(self.__dict__, progress_remaining)
-        self._resolved = (values, progress_remaining, found)
+        # A user's function may depend on more than the progress, and is asked every time.
+        scheduled = [self.__dict__[name] for name in self.hparams_class.scheduled_names()]
+        is_fixed = all(map(depends_on_progress_alone, scheduled))
+        self._resolved = (values, progress_remaining if is_fixed else math.nan, found)
         return found
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -205,7 +208,8 @@ class PolicyGradientPlus(
         self._current_progress_remaining = max(0.0, 1.0 - float(steps) / float(horizon))
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        if self.learning_rate is not self._lr_schedule_source:  # assigned since, which SB3 would ignore
+        source = self._lr_schedule_source  # an equal number in a copy of the model
+        if self.learning_rate is not source and self.learning_rate != source:  # assigned, which SB3 would ignore
             self._setup_lr_schedule()
         progress = self._current_progress_remaining
         rate = as_schedule("lr_schedule", self.lr_schedule)(progress) * self._kl_lr_scale
@@ -249,6 +253,8 @@ class PolicyGradientPlus(
         steps = _whole_steps(total_timesteps)
         if self.env is None:
             raise ValueError("the model has no environment to learn in: set_env(env), or load(path, env=env)")
+        if not th.is_grad_enabled() or th.is_inference_mode_enabled():
+            raise RuntimeError("learn() takes gradients: call it outside of no_grad() and inference_mode()")
         if log_interval is not None and log_interval < 1:
             raise ValueError(f"`log_interval` must be at least 1, or None for no logs, got {log_interval}")
         self._refuse_changes_of_what_is_built()
@@ -290,6 +296,11 @@ class PolicyGradientPlus(
         while self._may_go_on(listeners, callback) and self.num_timesteps < total_timesteps:
             if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
                 break
+            if self._rollout_end.last_observations is None and not self.sb3_exact:
+                raise RuntimeError(
+                    f"{type(self).__name__}.collect_rollouts is not that of sb3_pgplus, which statistics, schedules "
+                    "and bootstraps need: let it call super().collect_rollouts(), or use a preset of SB3"
+                )
             self._iteration = iteration = iteration + 1
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             is_last = self.num_timesteps >= total_timesteps
@@ -344,16 +355,23 @@ class PolicyGradientPlus(
         super().set_env(env, force_reset)
         self._env_id = None
 
-    def _setup_learn(self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any) -> Any:
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if self._unfinished is not None:
             self._restore_environments(self._unfinished)
-        before = self._last_obs
+        is_reset = self._last_obs is None or (self._unfinished is None and reset_num_timesteps)
         if self._unfinished is None:
-            result = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
+            result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
             self._iteration = 0
         else:
-            result = self._resume_learn(total_timesteps, callback, *args, **kwargs)
-        if self._last_obs is not before or len(self._carried_returns) != self.n_envs:
+            result = self._resume_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+        if is_reset or len(self._carried_returns) != self.n_envs:
             self._carried_returns = [0.0] * self.n_envs  # the environments were reset
             check_finite_step(self._last_obs, None, 0)
         self._plan_engine()
@@ -446,7 +464,7 @@ class PolicyGradientPlus(
             self._last_episode_starts = dones
 
         with limited:
-            self._finish_rollout(rollout_buffer, self.hyperparameters_at(self._current_progress_remaining))
+            values = self._finish_rollout(rollout_buffer)  # SB3's name for those of the last observations
         self._log_rollout(n_steps * env.num_envs, time.perf_counter() - started)
         found = self._advantages_in(rollout_buffer) if watched else []
         callback.update_locals(locals())

@@ -157,15 +157,14 @@ def is_normalizable(space: spaces.Space[Any], floats_only: bool) -> bool:
     Whether running mean and std of a space make sense: a Box of numbers that is no image.
 
     :param space: one observation space; a Dict counts if one of its entries does
-    :param floats_only: leave integer boxes out
+    :param floats_only: leave out integer boxes, and those of three dimensions, which may be pictures scaled already
     """
     if isinstance(space, spaces.Dict):
         return bool(normalizable_keys(space, floats_only))
     if not isinstance(space, spaces.Box) or is_image_space(space) or space.dtype == bool:
         return False
     is_float = bool(np.issubdtype(space.dtype, np.floating))
-    # Three dimensions of floats are an image that is scaled already.
-    return (is_float and len(space.shape) < 3) or (not is_float and not floats_only)
+    return not floats_only or (is_float and len(space.shape) < 3)
 
 
 class _Inside(threading.local):

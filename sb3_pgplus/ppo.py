@@ -11,7 +11,7 @@ from typing import ClassVar, cast
 import torch as th
 
 from sb3_pgplus import presets
-from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer
+from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer, has_own_advantages
 from sb3_pgplus.compiled_update import Gradient, Minibatches
 from sb3_pgplus.core import losses
 from sb3_pgplus.hparams import PPOHparams
@@ -19,7 +19,7 @@ from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.on_policy import PolicyGradientPlus
 from sb3_pgplus.policies import critic_only_parameters, distribution_parameters, kl_old_new, set_training_mode
 from sb3_pgplus.schedules import as_schedule
-from sb3_pgplus.updates import check_minibatches
+from sb3_pgplus.updates import check_minibatches, full_minibatches
 
 
 class PPOPlus(PolicyGradientPlus[PPOHparams]):
@@ -68,7 +68,7 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         check_minibatches(hp, n_envs)
 
     def _calls_per_rollout(self, hp: PPOHparams) -> dict[str, int]:
-        n_minibatches = hp.n_steps * self.n_envs // hp.batch_size
+        n_minibatches = full_minibatches(hp, self.n_envs)
         further = 0 if hp.n_critic_epochs is None else max(0, hp.n_critic_epochs - hp.n_epochs)
         calls = {"update": hp.n_epochs * n_minibatches, "critic update": further * n_minibatches}
         return {**super()._calls_per_rollout(hp), **{unit: n for unit, n in calls.items() if n}}
@@ -107,8 +107,10 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
                 yield from self._epochs(self._loss_gradient(hp, with_critic), hp.batch_size, n, ahead)
 
     def _recomputes(self, hp: PPOHparams) -> bool:
-        """``"auto"`` is on wherever it can be, and leaves alone what a callback put in the buffer."""
-        return hp.recompute_advantages is True or (hp.recompute_advantages == "auto" and not self._advantages_replaced)
+        """``"auto"`` is on wherever it can be, and leaves alone what a callback, or the buffer itself, put there."""
+        if hp.recompute_advantages != "auto":
+            return bool(hp.recompute_advantages)
+        return not self._advantages_replaced and not has_own_advantages(self.rollout_buffer)
 
     def _fit_critic_further(self, hp: PPOHparams, metrics: Metrics, n_done: int) -> None:
         """The critic's epochs beyond those it shared with the policy."""
@@ -205,7 +207,10 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
         return hp if hp.kl_coef is None else replace(hp, kl_coef=hp.kl_coef * self._kl_coef_scale)
 
     def _adapt_kl_coef(self, target: float) -> None:
-        """β is halved below target/1.5 and doubled above 1.5·target (PPO paper, section 4)."""
+        """
+        β is halved below target/1.5 and doubled above 1.5·target (PPO paper, section 4), within 2^-20 to 2^20 of the
+        given one: from nothing, or from infinity, it would not come back.
+        """
         buffer = cast(TorchRolloutBuffer, self.rollout_buffer)
         set_training_mode(self.policy, False)
         with th.no_grad():
@@ -213,9 +218,9 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             kl = float(kl_old_new(buffer.extras, distribution).mean())
         set_training_mode(self.policy, True)
         if kl < target / 1.5:
-            self._kl_coef_scale /= 2
+            self._kl_coef_scale = max(self._kl_coef_scale / 2, 2.0**-20)
         elif kl > target * 1.5:
-            self._kl_coef_scale *= 2
+            self._kl_coef_scale = min(self._kl_coef_scale * 2, 2.0**20)
 
     def _adapt_learning_rate(self, desired: float) -> None:
         """Divide the rate by 1.5 above 2·desired, multiply it below desired/2; 1/100 to 10 times the schedule."""

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -86,8 +87,23 @@ def process_context(preload: Sequence[str] = ()) -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # torch's optimisers import dynamo when they are first made: four seconds in each process.
-    context.set_forkserver_preload(["sb3_pgplus.process_server", *preload, "torch._dynamo"])
+    context.set_forkserver_preload([*preload, "torch._dynamo"])
+    _start_server()
     return context
+
+
+def _start_server() -> None:
+    """
+    Start what processes are forked from, if it is not running yet, where Ctrl-C never comes: it reaches all processes
+    at once, the parent decides what happens, and until a new one gets to its own code it must not end it with a
+    traceback. What a process blocks is blocked in those that it starts.
+    """
+    resource_tracker.ensure_running()  # first: it unblocks what it has blocked for itself
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _call(function: Callable[..., None], connection: Connection, arguments: tuple[Any, ...]) -> None:

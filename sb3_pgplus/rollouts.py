@@ -14,10 +14,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from sb3_pgplus.buffers import (
     RolloutEnd,
     TorchRolloutBuffer,
+    agree_on_discounts,
     cat_observations,
     double,
+    has_own_advantages,
     like,
     map_observations,
+    scaled_rewards,
     select,
     split_observations,
     stored_array,
@@ -82,6 +85,9 @@ class RolloutProcessing(_Base):
     #: Observations as many as environments ↦ V, by the quickest way there is.
     _value_function: Callable[[Any], th.Tensor]
 
+    def hyperparameters_at(self, progress_remaining: float) -> Any:
+        raise NotImplementedError
+
     def _policy_actions(self, actions: th.Tensor) -> th.Tensor:
         raise NotImplementedError
 
@@ -136,8 +142,10 @@ class RolloutProcessing(_Base):
                 self._rollout_end.add_truncation(step, int(index), final)
 
     @np.errstate(all="ignore")  # NaN and infinity are the guards' business; torch is silent about them, too
-    def _finish_rollout(self, buffer: RolloutBuffer, hp: PolicyGradientHparams) -> None:
-        """Everything between the last step of a rollout and ``on_rollout_end``."""
+    def _finish_rollout(self, buffer: RolloutBuffer) -> th.Tensor:
+        """All between a rollout's last step and ``on_rollout_end``; gives V of the last observations, ``[N, 1]``."""
+        agree_on_discounts(self, buffer)
+        hp = self.hyperparameters_at(self._current_progress_remaining)
         self._read_device(buffer)
         check_finite_policy(stored_array(buffer, "log_probs"), self.policy)
         self._rollout_end.last_observations = self._observation_tensor()
@@ -159,6 +167,8 @@ class RolloutProcessing(_Base):
             self._update_value_normalizer(buffer, hp)
         else:
             self._finish_foreign_buffer(buffer, hp, reevaluate=first)
+        assert self._rollout_end.last_values is not None
+        return self._rollout_end.last_values.unsqueeze(1)
 
     def _threads_for(self, n_samples: int) -> ThreadLimit:
         """
@@ -203,14 +213,11 @@ class RolloutProcessing(_Base):
         self.reward_normalizer.merge(returns.reshape(-1))
         self._carried_returns = (returns[-1] * (1.0 - dones[-1])).tolist()
 
-    def _scaled_rewards(self, rewards: Any, hp: PolicyGradientHparams) -> Any:
-        """Rewards as the advantages see them: VecNormalize's formula, this rollout's statistics included."""
+    def _reward_scale(self, hp: PolicyGradientHparams) -> tuple[Any, float]:
+        """By what rewards are divided, this rollout's statistics included, and where they are cut."""
         if not self._normalizes_rewards:
-            return rewards
-        limit, std = math.inf if hp.clip_rewards is None else hp.clip_rewards, self.reward_normalizer.std()
-        if isinstance(rewards, th.Tensor):
-            return (rewards.double() / std).clamp(-limit, limit).to(rewards.dtype)
-        return np.minimum(np.maximum(double(rewards) / float(std), -limit), limit).astype(rewards.dtype)
+            return 1.0, math.inf
+        return self.reward_normalizer.std(), math.inf if hp.clip_rewards is None else hp.clip_rewards
 
     # --- values and bootstraps ----------------------------------------------------------------------------------------
 
@@ -232,7 +239,8 @@ class RolloutProcessing(_Base):
         assert self._rollout_end.last_observations is not None
         with th.no_grad():
             values = self._value_function(self._rollout_end.last_observations)
-        return self._denormalized(values.flatten())
+        self._rollout_end.last_values = self._denormalized(values.flatten())
+        return self._rollout_end.last_values
 
     def _compute_bootstraps(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
         end = self._rollout_end
@@ -240,14 +248,28 @@ class RolloutProcessing(_Base):
 
     def _compute_advantages(self, buffer: TorchRolloutBuffer, hp: PolicyGradientHparams) -> None:
         """Ψ and the critic's targets from what is in the buffer."""
+        buffer.reward_scale = self._reward_scale(hp)
+        if has_own_advantages(buffer):
+            self._compute_in(buffer)
+            return
         stored = buffer.arrays
-        rewards = self._scaled_rewards(stored["rewards"], hp)
+        rewards = scaled_rewards(stored["rewards"], *buffer.reward_scale)
         rest = (stored[name] for name in ("values", "next_values", "dones"))
         buffer.set_advantages(ESTIMATORS[hp.advantage_estimator](hp, rewards, *rest))
 
     def _advantages_in(self, buffer: RolloutBuffer) -> list[th.Tensor]:
-        """Copies of the advantages and of the critic's targets."""
-        return [th.as_tensor(stored_field(buffer, name)).clone() for name in ("advantages", "returns")]
+        """Copies of the advantages, of the critic's targets, and of what they are computed from."""
+        names = ("advantages", "returns", "rewards", "values", "episode_starts")
+        return [th.as_tensor(stored_field(buffer, name)).clone() for name in names]
+
+    def _compute_in(self, buffer: RolloutBuffer) -> None:
+        """Advantages by the buffer's own method, called as SB3 calls it."""
+        end = self._rollout_end
+        assert end.last_values is not None
+        buffer.compute_returns_and_advantage(
+            last_values=end.last_values.unsqueeze(1),
+            dones=end.last_dones,  # type: ignore[arg-type]  # set when the rollout ended
+        )
 
     def _reevaluate(self, buffer: TorchRolloutBuffer) -> None:
         """Replace V_old and log π_old by those under today's observation statistics."""
@@ -286,16 +308,14 @@ class RolloutProcessing(_Base):
         """SB3's convention for its own buffers: the reward holds γ V(s_T), the buffer computes the advantages."""
         if reevaluate:
             self._reevaluate_foreign(buffer)
-        rewards = self._scaled_rewards(buffer.rewards, hp)
+        rewards = scaled_rewards(buffer.rewards, *self._reward_scale(hp))
         final_values = self._final_values(hp).cpu().numpy()
         for step, env, value in zip(self._rollout_end.steps, self._rollout_end.envs, final_values, strict=True):
             # In float32, as SB3 rounds it.
             rewards[step, env] += np.float32(hp.gamma) * value
         buffer.rewards[:] = rewards
-        buffer.compute_returns_and_advantage(
-            last_values=self._last_values(),
-            dones=self._rollout_end.last_dones,  # type: ignore[arg-type]  # set when the rollout ended
-        )
+        self._last_values()
+        self._compute_in(buffer)
 
     def _reevaluate_foreign(self, buffer: RolloutBuffer) -> None:
         """:meth:`_reevaluate` for NumPy storage ``[T, N, ...]``."""

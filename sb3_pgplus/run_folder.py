@@ -16,7 +16,7 @@ import yaml
 from sb3_pgplus import __version__
 from sb3_pgplus.configs import ConfigError
 
-CONFIG_HEADER = "# One training run, complete: `sb3-pgplus train --config` with this file repeats it.\n"
+CONFIG_HEADER = "# One training run: `sb3-pgplus train --config` with this file repeats it, without its `options`.\n"
 REPORTED_PACKAGES = ("stable_baselines3", "torch", "gymnasium", "numpy", "mujoco")
 
 

@@ -106,6 +106,18 @@ def _shortest(number: float) -> str:
     return short if float(short) == number else repr(float(number))
 
 
+def depends_on_progress_alone(value: Any) -> bool:
+    """
+    Whether a schedulable value is a number, a string, or one of SB3's and our schedules; any other callable may know
+    more.
+
+    :param value: as :func:`as_schedule` takes it, or None
+    """
+    while isinstance(value, FloatSchedule):
+        value = value.value_schedule
+    return not callable(value) or type(value) in (ConstantSchedule, *_PREFIXES)
+
+
 def is_constant(schedule: Callable[[float], float]) -> bool:
     """Whether a schedule gives the same value at the start, in the middle and at the end."""
     return len({schedule(progress) for progress in (1.0, 0.7, 0.5, 0.2, 0.0)}) == 1

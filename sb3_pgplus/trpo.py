@@ -42,7 +42,7 @@ from sb3_pgplus.policies import (
     kl_old_new,
     set_training_mode,
 )
-from sb3_pgplus.updates import check_minibatches
+from sb3_pgplus.updates import check_minibatches, full_minibatches
 
 #: sb3-contrib starts conjugate gradient at noise of this size, and ends it at this residual.
 _SB3_NOISE, _SB3_RESIDUAL = 1e-4, 1e-5
@@ -101,7 +101,7 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
         return [*super()._excluded_save_params(), "_layer_statistics_due"]
 
     def _calls_per_rollout(self, hp: TRPOHparams) -> dict[str, int]:
-        n_minibatches = hp.n_steps * self.n_envs // hp.batch_size
+        n_minibatches = full_minibatches(hp, self.n_envs)
         return {
             **super()._calls_per_rollout(hp),
             "critic update": hp.n_critic_updates * n_minibatches,

@@ -106,9 +106,8 @@ class GradientUpdates(_Base):
         :param limits: name of a logged scalar → value above which the caller makes no step
         """
         modules: dict[str, nn.Module] = {"policy": self.policy, "value_normalizer": self.value_normalizer}
-        problem = GradientProblem(
-            self, _TRACED_METHODS, modules, loss, hp, parameters, batch_size, variant, limits or {}
-        )
+        size = min(batch_size, self.rollout_buffer.buffer_size * self.n_envs)
+        problem = GradientProblem(self, _TRACED_METHODS, modules, loss, hp, parameters, size, variant, limits or {})
         return self._engine.gradient(unit, problem, partial(self._eager_gradient, loss, hp, parameters))
 
     def _epochs(
@@ -310,6 +309,11 @@ def check_minibatches(hp: MinibatchHparams, n_envs: int) -> None:
             f"will be a truncated mini-batch of size {samples % batch_size}\nWe recommend using a `batch_size` "
             f"that is a factor of `n_steps * n_envs`.\nInfo: (n_steps={hp.n_steps} and n_envs={n_envs})"
         )
+
+
+def full_minibatches(hp: MinibatchHparams, n_envs: int) -> int:
+    """How many minibatches of the full size, or of a whole smaller rollout, an epoch has."""
+    return max(1, hp.n_steps * n_envs // hp.batch_size)
 
 
 def check_normalizable(hp: PolicyGradientHparams, n_envs: int) -> None:

@@ -15,6 +15,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_pgplus import PPOPlus
+from sb3_pgplus.buffers import scaled_rewards
 from sb3_pgplus.policies import ObservationNormalizer, RunningMoments, observation_normalizer
 
 
@@ -163,8 +164,8 @@ def test_rewards_are_divided_by_the_std_of_the_discounted_return_as_vec_normaliz
     scaled: list[th.Tensor] = []
 
     def record(model: Any) -> None:
-        hp = model.hyperparameters_at(1.0)
-        scaled.append(model._scaled_rewards(model.rollout_buffer.tensor("rewards"), hp).clone())
+        buffer = model.rollout_buffer
+        scaled.append(scaled_rewards(buffer.tensor("rewards"), *buffer.reward_scale).clone())
 
     env = scripted(length=7)
     model = model_on(env, normalize_observations=False, gamma=0.9, clip_rewards=1.0, n_steps=96)

@@ -32,9 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"core"}),
     frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
     | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "compiler", "sampling"})
-    | frozenset(
-        {"callback_tree", "checkpoints", "tracing", "vec_env", "statistics", "processes", "process_server", "threads"}
-    )
+    | frozenset({"callback_tree", "checkpoints", "tracing", "vec_env", "statistics", "processes", "threads"})
     | frozenset({"serialization", "model_file", "sb3_files", "interruptions", "device_graphs", "recorded_update"}),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"})  # parts of on_policy
     | frozenset({"resuming", "training_state"}),

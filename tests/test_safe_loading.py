@@ -852,4 +852,11 @@ def test_the_command_converts_reports_what_stays_pickled_and_overwrites_nothing(
     source.write_bytes(b"no zip")
     damaged = command("convert", source, tmp_path / "other.zip")
     assert damaged.exit_code == 2 and "sb3.zip is damaged" in damaged.stderr
+    DQN("MlpPolicy", "CartPole-v1", device="cpu", buffer_size=10).save(source)
+    foreign = command("convert", source, tmp_path / "other.zip")
+    assert foreign.exit_code == 2 and "no other can be converted" in " ".join(foreign.stderr.split())
+    missing = command("convert", tmp_path / "nothing", tmp_path / "other.zip")
+    assert missing.exit_code != 0 and f"there is no model file {tmp_path / 'nothing'}" in "".join(
+        missing.stderr.splitlines()
+    )
     assert not (tmp_path / "other.zip").exists()

@@ -245,6 +245,10 @@ def test_reset_options_reach_the_environments_once():
     env.set_options([{"option": 1}, {"option": 2}])
     with pytest.raises(ValueError, match="same reset options"):
         env.reset()
+    env.reset()  # which were refused once
+    env.set_options([{"option": 1}, {"option": 2}])
+    with pytest.raises(ValueError, match="same reset options"):
+        env.reset()
 
 
 def test_a_reset_in_the_middle_starts_the_statistics_anew():

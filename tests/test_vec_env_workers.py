@@ -73,6 +73,23 @@ class Breaks(Scripted):
         return super().step(action)
 
 
+class LeavesOnClosing(Scripted):
+    """Ends the process where it should only close, as programs with a window do, or says that it was closed."""
+
+    def __init__(self, says: str = "") -> None:
+        super().__init__((10,))
+        self.says = says
+
+    def close(self):
+        if not self.says:
+            sys.exit(1)
+        Path(self.says).write_text("closed")
+
+
+class Speaks(Scripted):
+    observation_space = gym.spaces.Text(5)
+
+
 class StartsPrograms(Scripted):
     """Starts a program, as simulators are, and ends it or not."""
 
@@ -717,3 +734,26 @@ def test_no_process_that_an_environment_started_outlives_its_worker(how, build):
     else:
         env.close()
     wait_until_gone(started)
+
+
+def test_an_environment_that_leaves_on_closing_leaves_the_others_to_be_closed(tmp_path):
+    paths = [tmp_path / str(i) for i in range(2)]
+    env = WorkersVecEnv([LeavesOnClosing, *(lambda p=p: LeavesOnClosing(str(p)) for p in paths)], n_workers=1)
+    env.reset()
+    env.close()
+    assert [path.read_text() for path in paths] == ["closed"] * 2
+
+
+def test_observations_without_a_shape_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"SB3 cannot learn from observations of Text"):
+        WorkersVecEnv([lambda: Speaks((10,))])
+
+
+@pytest.mark.parametrize(("seed", "error"), [(1.5, TypeError), (-1, ValueError)])
+def test_a_wrong_seed_is_refused_and_ends_no_process(seed, error):
+    env = WorkersVecEnv([lambda: Scripted((10,))] * 2)
+    with pytest.raises(error, match="`seed` must be an integer of at least 0"):
+        env.seed(seed)
+    assert env.seed(np.int64(3)) == [3, 4]
+    env.reset()
+    env.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from sb3_pgplus.benchmarking import runner, store
 from sb3_pgplus.benchmarking.suites import Run
 from sb3_pgplus.benchmarking.trainings import Protocol
-from sb3_pgplus.configs import ConfigError
+from sb3_pgplus.configs import ConfigError, this_command
 
 STORE, PAGE = Path("benchmarks/results/suite"), Path("docs/results.md")
 
@@ -53,9 +54,10 @@ def run(
     except KeyboardInterrupt:
         console.print("Stopped. Finished runs are kept, and the same command continues.")
         raise
+    store_option = "" if folder == STORE else f" --store {shlex.quote(str(folder))}"
     console.print(
         f"{outcome.finished} runs made, {outcome.skipped} were there, {outcome.failed} failed. "
-        "Tables and figures: sb3-pgplus benchmark --table",
+        f"Tables and figures: {this_command()} benchmark --table{store_option}",
         highlight=False,
         soft_wrap=True,
     )
@@ -86,7 +88,9 @@ def plan_table(runs: Sequence[Run], folder: Path) -> Table:
     estimates = runner.Estimates.of(runs, folder)
     table = Table(title=f"{len(runs)} runs in {folder / runs[0].group}" if runs else "nothing", title_justify="left")
     changed = [r for r in runs if _is_changed(r, folder)]
-    for column in ("algorithm", "environment", "steps", "stored seeds", "missing seeds", "missing, time"):
+    for column in ("algorithm", "environment"):
+        table.add_column(column, overflow="fold", no_wrap=True)  # `--algos` and `--envs` take these names
+    for column in ("steps", "stored seeds", "missing seeds", "missing, time"):
         table.add_column(column)
     if changed:
         table.add_column("with other settings")

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sb3_pgplus.configs import ConfigError, RunSettings
+from sb3_pgplus.configs import ConfigError, RunSettings, this_command
 from sb3_pgplus.tuning import tracking
 from sb3_pgplus.tuning.plan import TuningPlan
 from sb3_pgplus.tuning.progress import StudyProgress
@@ -192,5 +192,5 @@ def _report(result: TuningResult, place: Place, console: Console) -> None:
     best = place.folder / "best.yml"
     if best.is_file():
         env = shlex.quote(result.plan.settings.environment.env)
-        line = f"  sb3-pgplus train --env {env} --config {shlex.quote(str(best))}"
+        line = f"  {this_command()} train --env {env} --config {shlex.quote(str(best))}"
         console.print(line, style="cyan", highlight=False, markup=False, soft_wrap=True)

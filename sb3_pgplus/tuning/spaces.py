@@ -198,7 +198,11 @@ def known_params(space: Space, settings: RunSettings) -> dict[str, Any]:
     flat["learning_rate_shape"] = "linear" if str(rate).startswith("lin_") else "constant"
     flat["rollout_size"] = flat["n_steps"] * settings.n_envs
     flat["n_minibatches"] = max(flat["rollout_size"] // flat.get("batch_size", flat["rollout_size"]), 1)
-    flat["policy_kwargs"] = {"net_arch": [64, 64]} | (flat.get("policy_kwargs") or {})
+    of_policy = flat.get("policy_kwargs") or {}
+    for name, default in _POLICY_DEFAULTS.items():
+        if flat.get(name, default) is None:
+            flat[name] = of_policy.get(name, default)
+    flat["policy_kwargs"] = {"net_arch": [64, 64]} | of_policy
     params: dict[str, Any] = {}
     for name, row in space.items():
         outer, _, inner = row.setting.partition(".")
@@ -210,6 +214,8 @@ def known_params(space: Space, settings: RunSettings) -> dict[str, Any]:
 
 
 _NOWHERE = object()
+#: What a policy has where the algorithm's setting is None.
+_POLICY_DEFAULTS = {"activation_fn": "tanh", "log_std_init": 0.0}
 
 
 def _fit(row: Parameter, value: Any) -> Any:

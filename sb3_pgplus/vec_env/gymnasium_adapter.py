@@ -73,15 +73,15 @@ class GymnasiumVecEnv(VecEnv):
         :raises ValueError: if the environments were given different options
         """
         self._check_open()
-        options = self._options[0]
-        if any(other != options for other in self._options):
+        every = self._options
+        self._reset_options()  # used only once, also if they are refused
+        options = every[0]
+        if any(other != options for other in every):
             raise ValueError("a Gymnasium vector environment takes the same reset options for all its environments")
         self.episodes.start_all()
         observations, infos = self._reset_all(self._seeds[0], options)
         self.reset_infos = [info_of(infos, i, self.num_envs) for i in range(self.num_envs)]
-        # Seeds and options are only used once.
-        self._reset_seeds()
-        self._reset_options()
+        self._reset_seeds()  # used only once
         return self._own_copy(observations)
 
     def step_async(self, actions: Array) -> None:

@@ -544,7 +544,8 @@ class InvertedDoublePendulum(Task):
         terminated: Array = self.tip[:, 2] <= 1
         distance = 0.01 * squares(self.tip[:, 0]) + squares(self.tip[:, 2] - 2)
         velocity = 0.001 * squares(self.qvel[:, 1]) + 0.005 * squares(self.qvel[:, 2])
-        alive = self.env._healthy_reward * (~terminated).astype(np.int64)
+        # Products with Python's 1 and 0, which leave the reward its type.
+        alive = np.where(terminated, self.env._healthy_reward * 0, self.env._healthy_reward * 1)
         terms = {"reward_survive": alive, "distance_penalty": -distance, "velocity_penalty": -velocity}
         return Outcome(alive - distance - velocity, terminated, terms)
 

@@ -86,7 +86,12 @@ def array_specs(
     :param action_space: of one environment
     :param n_envs: N
     :return: ``("observation", key)``, one for each key of a Dict space, ``"actions"``, ``"rewards"``, ``"dones"``
+    :raises ValueError: if observations have no shape
     """
+    parts = observation_space.spaces if isinstance(observation_space, spaces.Dict | spaces.Tuple) else observation_space
+    for part in parts.values() if isinstance(parts, Mapping) else parts if isinstance(parts, tuple) else (parts,):
+        if part.shape is None:
+            raise ValueError(f"SB3 cannot learn from observations of {observation_space}")
     keys, shapes, dtypes = obs_space_info(observation_space)
     n_numbers = int(np.prod(action_space.shape or (), dtype=np.int64))
     specs: dict[Any, ArraySpec] = {("observation", key): ArraySpec((n_envs, *shapes[key]), dtypes[key]) for key in keys}
@@ -324,7 +329,7 @@ def run_worker(pipe: Connection, env_fns: Sequence[bytes], first: int, progress:
         for env in worker.envs:
             try:
                 env.close()
-            except Exception:  # the others want to be closed, too
+            except BaseException:  # SystemExit as well: the others want to be closed, too
                 traceback.print_exc()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):

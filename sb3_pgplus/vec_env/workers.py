@@ -141,6 +141,16 @@ class WorkersVecEnv(VecEnv):
 
     # --- stepping ---------------------------------------------------------------------------------------------------
 
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """
+        Environment ``i`` is seeded with ``i`` more at the next reset.
+
+        :param seed: None for a random one
+        :raises TypeError: if it is no integer
+        :raises ValueError: if it is negative
+        """
+        return super().seed(None if seed is None else check_integer("seed", seed, 0))
+
     def reset(self) -> Any:
         """
         Start a new episode in every environment, also while a step is under way.
