@@ -80,6 +80,10 @@ class RolloutEnd:
         self.device_truncations, self.device_observations = [], []
 
 
+#: Of a rollout that no time limit cut.
+_NO_END = RolloutEnd(), th.zeros(0)
+
+
 class _NumpyView:
     """
     A stored tensor read as a NumPy array: a view where it lies on the CPU, a copy elsewhere.
@@ -150,7 +154,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         if self._is_seen:
             self._storage = self._rows = None
             self._is_seen = False
-        self._end, self._final_values = RolloutEnd(), th.zeros(0)
+        self._end = _NO_END
         self.pos = 0
         self.full = False
         self.generator_ready = False
@@ -247,7 +251,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         :param end: the steps that a time limit cut
         :param final_values: V of their final observations, ``[K]``
         """
-        self._end, self._final_values = end, final_values
+        self._end = end, final_values
         stored = self.arrays
         next_values, ends = stored["next_values"], stored["dones"]
         if self._rows is not None:
@@ -269,7 +273,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         :param last_values: V of the observations after the last step, ``[N]`` or ``[N, 1]``
         :param dones: whether the last step ended an episode, ``[N]``
         """
-        self.set_bootstraps(last_values, dones, self._end, self._final_values)
+        self.set_bootstraps(last_values, dones, *self._end)
         rewards, *rest = (self.arrays[name] for name in ("rewards", "values", "next_values", "dones"))
         rewards = scaled_rewards(rewards, *self.reward_scale)
         self.set_advantages(gae(rewards, *rest, gamma=self.gamma, gae_lambda=self.gae_lambda))

@@ -135,7 +135,8 @@ class PolicyGradientPlus(
         self._resumed_from = None
         self._checkpoint_folder = None
         #: Values, progress and result of the last `hyperparameters_at`: most of them never change.
-        self._resolved: tuple[list[Any], float, H] | None = None
+        #: Values and progress, what came of them, and whether it depends on these alone.
+        self._resolved: tuple[list[Any], float, H, bool] | None = None
         self._built_with = {}
 
     # --- set-up -------------------------------------------------------------------------------------------------------
@@ -183,14 +184,13 @@ class PolicyGradientPlus(
         if self._resolved is None or any(map(operator.is_not, values, self._resolved[0])):
             self._refuse_changes_of_what_is_built()
             found = self.hparams_class.resolve(self.__dict__, progress_remaining)
-        elif progress_remaining == self._resolved[1]:
+            scheduled = [self.__dict__[name] for name in self.hparams_class.scheduled_names()]
+            is_fixed = all(map(depends_on_progress_alone, scheduled))
+        elif progress_remaining == self._resolved[1] and self._resolved[3]:
             return self._resolved[2]
-        else:
-            found = self._resolved[2].later(self.__dict__, progress_remaining)
-        # A user's function may depend on more than the progress, and is asked every time.
-        scheduled = [self.__dict__[name] for name in self.hparams_class.scheduled_names()]
-        is_fixed = all(map(depends_on_progress_alone, scheduled))
-        self._resolved = (values, progress_remaining if is_fixed else math.nan, found)
+        else:  # a user's function may depend on more than the progress, and is asked every time
+            found, is_fixed = self._resolved[2].later(self.__dict__, progress_remaining), self._resolved[3]
+        self._resolved = (values, progress_remaining, found, is_fixed)
         return found
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -296,11 +296,7 @@ class PolicyGradientPlus(
         while self._may_go_on(listeners, callback) and self.num_timesteps < total_timesteps:
             if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
                 break
-            if self._rollout_end.last_observations is None and not self.sb3_exact:
-                raise RuntimeError(
-                    f"{type(self).__name__}.collect_rollouts is not that of sb3_pgplus, which statistics, schedules "
-                    "and bootstraps need: let it call super().collect_rollouts(), or use a preset of SB3"
-                )
+            self._check_collected()
             self._iteration = iteration = iteration + 1
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             is_last = self.num_timesteps >= total_timesteps
@@ -312,6 +308,16 @@ class PolicyGradientPlus(
             # The first pass through the policy still changes something: which distribution it has.
             self._engine.is_undisturbed = ours_alone and iteration > first + 1
         callback.on_training_end()
+
+    def _check_collected(self) -> None:
+        """
+        :raises RuntimeError: if somebody else collected the rollout: statistics and schedules stand still then
+        """
+        if self._rollout_end.last_observations is None and not self.sb3_exact:
+            raise RuntimeError(
+                f"{type(self).__name__}.collect_rollouts is not that of sb3_pgplus, which statistics, schedules and "
+                "bootstraps need: let it call super().collect_rollouts(), or use a preset of SB3"
+            )
 
     def _runs_ours_alone(self, callback: BaseCallback) -> bool:
         """Whether the training runs nobody's code but this package's, torch's, SB3's and the environments'."""

@@ -8,6 +8,7 @@ interpreters. Everything else is as if each had been started by itself.
 import json
 import os
 import sys
+import traceback
 from multiprocessing import forkserver
 
 import torch._dynamo  # noqa: F401
@@ -24,6 +25,8 @@ def work(options: list[str]) -> None:
         main()
     except SystemExit as end:
         code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc(file=sys.stdout)
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -31,9 +34,8 @@ def work(options: list[str]) -> None:
 
 if __name__ == "__main__":
     process_context([trainings.__name__])
-    server = forkserver._forkserver
-    server.ensure_running()
-    server.ensure_running = lambda: None  # it is not the workers' own child, which they would check
+    # The server is not the workers' own child, which they would check.
+    forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None
     children = []
     for _ in range(int(sys.argv[1])):
         child = os.fork()
