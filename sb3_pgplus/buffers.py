@@ -7,6 +7,7 @@ which SB3 shuffles, so that the same permutation picks the same samples.
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard
 
@@ -97,7 +98,7 @@ class _NumpyView:
     def __get__(self, buffer: Any, owner: type | None = None) -> Any:
         if buffer is None:
             return self
-        buffer._is_seen = True
+        buffer._is_seen |= th.device(buffer.device).type == "cpu"
         return map_observations(buffer.tensor(self.name), lambda tensor: tensor.cpu().numpy())
 
     def __set__(self, buffer: Any, value: Any) -> None:
@@ -144,8 +145,14 @@ class TorchRolloutBuffer(RolloutBuffer):
     _storage: dict[str, Any] | None = None
     #: NumPy views of the storage, where it lies on the CPU.
     _rows: dict[str, np.ndarray[Any, Any]] | None = None
-    #: Whether somebody may have kept an array.
+    #: Whether somebody may have kept an array of the storage.
     _is_seen = False
+    #: The steps that a time limit cut, and V of their final observations.
+    _end = _NO_END
+    #: While a subclass computes advantages by SB3's rules: rewards are scaled and hold the bootstraps of cut steps.
+    _is_in_sb3_terms = False
+    #: How advantages are computed from rewards, values, values after each step, and ends.
+    estimate: Callable[..., Any] = staticmethod(gae)
     #: By what rewards are divided for the advantages, and where they are cut then.
     reward_scale: tuple[Any, float] = (1.0, math.inf)
 
@@ -273,10 +280,30 @@ class TorchRolloutBuffer(RolloutBuffer):
         :param last_values: V of the observations after the last step, ``[N]`` or ``[N, 1]``
         :param dones: whether the last step ended an episode, ``[N]``
         """
-        self.set_bootstraps(last_values, dones, *self._end)
+        self.set_bootstraps(last_values, dones, *(_NO_END if self._is_in_sb3_terms else self._end))
         rewards, *rest = (self.arrays[name] for name in ("rewards", "values", "next_values", "dones"))
-        rewards = scaled_rewards(rewards, *self.reward_scale)
-        self.set_advantages(gae(rewards, *rest, gamma=self.gamma, gae_lambda=self.gae_lambda))
+        if not self._is_in_sb3_terms:
+            rewards = scaled_rewards(rewards, *self.reward_scale)
+        self.set_advantages(self.estimate(rewards, *rest, gamma=self.gamma, gae_lambda=self.gae_lambda))
+
+    @contextmanager
+    def in_sb3_terms(self) -> Iterator[None]:
+        """
+        For a while, let rewards be what SB3's code expects of them: scaled, and with γ V(s_T) of the steps that a time
+        limit cut, whose ends then count as terminations.
+        """
+        raw, end = self.tensor("rewards").clone(), self._end
+        rewards = scaled_rewards(self.tensor("rewards"), *self.reward_scale).clone()
+        if end[0].steps:
+            gamma = th.tensor(self.gamma, dtype=rewards.dtype, device=rewards.device)  # in float32, as SB3 rounds it
+            rewards[end[0].steps, end[0].envs] += gamma * end[1].reshape(-1).to(rewards)
+        self.tensor("rewards").copy_(rewards)
+        self._is_in_sb3_terms = True
+        try:
+            yield
+        finally:
+            self._is_in_sb3_terms, self._end = False, end
+            self.tensor("rewards").copy_(raw)
 
     def set_advantages(self, advantages: Any) -> None:
         """
@@ -325,7 +352,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         assert self.full, "the rollout is not complete"
         n_samples = self.buffer_size * self.n_envs
         indices = np.random.permutation(n_samples)
-        if type(self)._get_samples is not TorchRolloutBuffer._get_samples:
+        if not _is_stock(self, ("_get_samples",)):
             size = batch_size or n_samples
             yield from (self._get_samples(indices[first : first + size]) for first in range(0, n_samples, size))
             return
@@ -620,13 +647,14 @@ def note_discounts(buffer: RolloutBuffer) -> None:
 def agree_on_discounts(model: Any, buffer: RolloutBuffer) -> None:
     """
     One γ and one λ: what was assigned to the buffer since, where SB3 reads them, goes to the model, otherwise what the
-    model has to the buffer.
+    model has to the buffer, a new one included.
 
     :param model: with attributes of these names
     :param buffer: ours or SB3's
     """
-    noted = buffer.__dict__.get("_noted_discounts", [None] * len(_DISCOUNTS))
-    for name, before in zip(_DISCOUNTS, noted, strict=True):
+    if "_noted_discounts" not in buffer.__dict__:  # somebody put it in the place of ours
+        note_discounts(buffer)
+    for name, before in zip(_DISCOUNTS, buffer.__dict__["_noted_discounts"], strict=True):
         source, target = (model, buffer) if getattr(buffer, name) == before else (buffer, model)
         setattr(target, name, getattr(source, name))
     note_discounts(buffer)

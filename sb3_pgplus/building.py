@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_pgplus.buffers import TorchDictRolloutBuffer, TorchRolloutBuffer, has_own_advantages, note_discounts
 from sb3_pgplus.construction import locate_class
+from sb3_pgplus.core.advantages import gae_sequential
 from sb3_pgplus.errors import HyperparameterError, warn_user
 from sb3_pgplus.hparams import PolicyGradientHparams
 from sb3_pgplus.optimizers import fuse
@@ -49,9 +50,19 @@ class ModelBuilding(_Base):
                 )
             if decided is None:
                 setattr(self, f"_normalizes_{what}", not is_outside and self._decide(what, setting))
+                self._refuse_arguments_of_ours()
                 left += [what] * (is_outside and setting == "auto")
         if left:
             warn_user(f"VecNormalize normalises {' and '.join(left)} already, so the model leaves them to it.")
+
+    def _refuse_arguments_of_ours(self) -> None:
+        """Not in files, which had them before this was refused."""
+        for name in ("clip_observations", "normalize_floats_only"):
+            if self._normalizes_observations and name in self.policy_kwargs:
+                raise HyperparameterError(
+                    f"policy_kwargs[{name!r}] is set by the algorithm, which normalises observations: give "
+                    "`clip_observations` and `normalize_observations` to it"
+                )
 
     def _decide(self, what: str, setting: bool | str) -> bool:
         if what == "observations" and not is_normalizable(self.observation_space, floats_only=setting == "auto"):
@@ -86,7 +97,7 @@ class ModelBuilding(_Base):
                 f"{type(buffer).__name__}, whose compute_returns_and_advantage is its own"
             )
         elif hp.sb3_exact:
-            buffer.memory_format = th.contiguous_format
+            buffer.memory_format, buffer.estimate = th.contiguous_format, gae_sequential
         return buffer
 
     def _check_foreign_buffer(self, hp: PolicyGradientHparams, buffer: RolloutBuffer) -> None:
@@ -103,12 +114,6 @@ class ModelBuilding(_Base):
         policy_class = cast(type[ActorCriticPolicy], self.policy_class)
         kwargs = self._policy_arguments(hp)
         if self._normalizes_observations:
-            for name in ("clip_observations", "normalize_floats_only"):
-                if name in kwargs:
-                    raise HyperparameterError(
-                        f"policy_kwargs[{name!r}] is set by the algorithm, which normalises observations: give "
-                        "`clip_observations` and `normalize_observations` to it"
-                    )
             policy_class = normalized_policy_class(policy_class)
             kwargs["clip_observations"] = hp.clip_observations
             kwargs["normalize_floats_only"] = hp.normalize_observations == "auto"
@@ -179,12 +184,13 @@ class ModelBuilding(_Base):
         if not critic:
             raise HyperparameterError("`critic_learning_rate` is set, but no parameter belongs to the critic alone")
         groups, own = policy.optimizer.param_groups, {id(parameter) for parameter in policy.parameters()}
-        is_stock = type(policy.optimizer) is policy.optimizer_class and len(groups) == 1
-        if not is_stock or {id(parameter) for parameter in groups[0]["params"]} != own:
+        made_by: Any = policy.optimizer_class  # or a function that makes one
+        is_stock = not isinstance(made_by, type) or type(policy.optimizer) is made_by
+        if not is_stock or len(groups) != 1 or {id(parameter) for parameter in groups[0]["params"]} != own:
             raise HyperparameterError(
-                f"`critic_learning_rate` is set, but {cast(Any, self.policy_class).__name__} made its own optimiser, a "
-                f"{type(policy.optimizer).__name__}, which another would replace: give the critic's parameters a group "
-                "with a rate of its own there"
+                f"`critic_learning_rate` is set, but {cast(Any, self.policy_class).__name__} made its own optimiser "
+                f"({type(policy.optimizer).__name__}), which another would replace: give the critic's parameters a "
+                "group with a rate of its own there"
             )
         critic_ids = {id(parameter) for parameter in critic}
         actor = [parameter for parameter in policy.parameters() if id(parameter) not in critic_ids]

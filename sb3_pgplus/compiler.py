@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch as th
 
-from sb3_pgplus.device_graphs import RecordedCall, RecordedLoop, TensorFunction, is_recordable
+from sb3_pgplus.device_graphs import RecordedCall, RecordedLoop, TensorFunction, copy_in_place_of, is_recordable
 from sb3_pgplus.interruptions import deferred
 
 T = TypeVar("T")
@@ -210,10 +210,18 @@ def _compile(graph: th.fx.GraphModule, inputs: Sequence[th.Tensor]) -> TensorFun
     settings = config.patch(options)
     with th._guards.tracing(context), settings, th.no_grad():
         compiled: Any = compile_fx_inner(graph, examples, cpp_wrapper=on_cpu)
-        compiled([tensor.clone() for tensor in inputs])  # the first call finishes the compiler's own records
+        compiled([_expendable(tensor) for tensor in inputs])  # the first call finishes the compiler's own records
     # What is called from now on, without the records that the compiler keeps of every call.
     call: TensorFunction = (getattr(compiled, "current_callable", None) if on_cpu else None) or compiled
     return call
+
+
+def _expendable(tensor: th.Tensor) -> th.Tensor:
+    """A copy that may be changed; what shares memory with itself cannot be changed."""
+    try:
+        return copy_in_place_of(tensor)
+    except RuntimeError:
+        return tensor
 
 
 def _plain(graph: th.fx.GraphModule, _: Sequence[th.Tensor]) -> TensorFunction:

@@ -93,6 +93,16 @@ def record(function: Callable[[], Any], changed: Sequence[th.Tensor]) -> tuple[C
                 tensor.copy_(old)
 
 
+def copy_in_place_of(tensor: th.Tensor) -> th.Tensor:
+    """
+    A copy that lies in memory as the tensor does, gaps included: a compiled function counts on that.
+
+    :param tensor: no two of whose elements are in the same place
+    """
+    copied = th.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copied.copy_(tensor.detach())
+
+
 class RecordedCall:
     """
     A function of tensors, with a single launch.
@@ -103,7 +113,7 @@ class RecordedCall:
     """
 
     def __init__(self, function: TensorFunction, inputs: Sequence[th.Tensor], n_fixed: int) -> None:
-        self._fixed, self._moving = inputs[:n_fixed], [tensor.detach().clone() for tensor in inputs[n_fixed:]]
+        self._fixed, self._moving = inputs[:n_fixed], [copy_in_place_of(tensor) for tensor in inputs[n_fixed:]]
         self._held: Sequence[th.Tensor] | None = None
         self._places = places(self._fixed)
         self._launch, self._results = record(lambda: function([*self._fixed, *self._moving]), self._moving)

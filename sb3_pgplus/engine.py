@@ -27,7 +27,7 @@ from sb3_pgplus.compiled_update import (
 )
 from sb3_pgplus.compiler import Compiled, UntraceableError, compile_function, compile_in_two, first_line
 from sb3_pgplus.core.natural_gradient import MatVec, fisher_vector_product
-from sb3_pgplus.device_graphs import RecordedCall, TensorFunction, is_recordable
+from sb3_pgplus.device_graphs import RecordedCall, TensorFunction, copy_in_place_of, is_recordable
 from sb3_pgplus.errors import warn_user
 from sb3_pgplus.guards import broken_policy, without_distribution_checks
 from sb3_pgplus.optimizers import has_own_zero_grad
@@ -463,7 +463,7 @@ class _FisherProduct:
     def record(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give the function to the device, if that keeps functions and has not got it yet."""
         if self._compiled.recorded is None and is_recordable(parameters[0].device):
-            own = [tensor.clone() for tensor in self._inputs]
+            own = [copy_in_place_of(tensor) for tensor in self._inputs]
             v = parameters[0].detach().new_ones(sum(parameter.numel() for parameter in parameters))
             self._compiled.recorded = RecordedCall(self._compiled.call, [*own, v], len(own))
 

@@ -28,7 +28,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, _mode_of(target))
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
         raise

@@ -6,6 +6,7 @@ left alone. Torch does not check the sums of the zip files that it writes, and `
 jumps about, as torch does. So each member is read whole, which compares its CRC-32, before anything looks inside.
 """
 
+import errno
 import io
 import json
 import os
@@ -129,7 +130,7 @@ def read(source: PathOrFile) -> ModelFile:
     try:
         file = open_path(source, "r", suffix="zip")
     except FileNotFoundError as error:  # SB3's message has the suffix twice
-        raise FileNotFoundError(f"there is no model file {name}") from error
+        raise FileNotFoundError(errno.ENOENT, "there is no model file", name) from error
     try:
         with _as_model_file_error(str(name)), zipfile.ZipFile(file) as archive:
             contents = _read_members(archive)

@@ -134,8 +134,7 @@ class PolicyGradientPlus(
         self._unfinished = None
         self._resumed_from = None
         self._checkpoint_folder = None
-        #: Values, progress and result of the last `hyperparameters_at`: most of them never change.
-        #: Values and progress, what came of them, and whether it depends on these alone.
+        #: Of the last `hyperparameters_at`: values, progress, result, and whether that depends on the progress alone.
         self._resolved: tuple[list[Any], float, H, bool] | None = None
         self._built_with = {}
 
@@ -186,9 +185,9 @@ class PolicyGradientPlus(
             found = self.hparams_class.resolve(self.__dict__, progress_remaining)
             scheduled = [self.__dict__[name] for name in self.hparams_class.scheduled_names()]
             is_fixed = all(map(depends_on_progress_alone, scheduled))
-        elif progress_remaining == self._resolved[1] and self._resolved[3]:
+        elif progress_remaining == self._resolved[1]:
             return self._resolved[2]
-        else:  # a user's function may depend on more than the progress, and is asked every time
+        else:
             found, is_fixed = self._resolved[2].later(self.__dict__, progress_remaining), self._resolved[3]
         self._resolved = (values, progress_remaining, found, is_fixed)
         return found
@@ -541,6 +540,9 @@ class PolicyGradientPlus(
         """Update the policy on the rollout that was just collected."""
         started = time.perf_counter()
         self._set_training_mode(True)
+        if self._resolved is not None and not self._resolved[3]:
+            # A user's function may depend on more than the progress: it is asked once an update.
+            self._resolved = (self._resolved[0], math.nan, *self._resolved[2:])
         hp = self.hyperparameters_at(self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
         metrics = Metrics()

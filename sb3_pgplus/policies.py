@@ -148,8 +148,9 @@ class ObservationNormalizer(nn.Module):
 
 
 def normalizable_keys(observation_space: spaces.Dict, floats_only: bool) -> list[str]:
-    """Keys of a Dict space whose entries can be normalised."""
-    return [key for key, space in observation_space.spaces.items() if is_normalizable(space, floats_only)]
+    """Keys of a Dict space whose entries can be normalised. Floats of three dimensions are a picture among them."""
+    found = {key: space for key, space in observation_space.spaces.items() if is_normalizable(space, floats_only)}
+    return [key for key, space in found.items() if not (_is_float(space) and len(space.shape or ()) == 3)]
 
 
 def is_normalizable(space: spaces.Space[Any], floats_only: bool) -> bool:
@@ -163,8 +164,11 @@ def is_normalizable(space: spaces.Space[Any], floats_only: bool) -> bool:
         return bool(normalizable_keys(space, floats_only))
     if not isinstance(space, spaces.Box) or is_image_space(space) or space.dtype == bool:
         return False
-    is_float = bool(np.issubdtype(space.dtype, np.floating))
-    return not floats_only or (is_float and len(space.shape) < 3)
+    return not floats_only or (_is_float(space) and len(space.shape) < 3)
+
+
+def _is_float(space: spaces.Space[Any]) -> bool:
+    return bool(np.issubdtype(space.dtype, np.floating))
 
 
 class _Inside(threading.local):

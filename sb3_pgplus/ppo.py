@@ -14,6 +14,7 @@ from sb3_pgplus import presets
 from sb3_pgplus.buffers import RolloutSamples, TorchRolloutBuffer, has_own_advantages
 from sb3_pgplus.compiled_update import Gradient, Minibatches
 from sb3_pgplus.core import losses
+from sb3_pgplus.errors import HyperparameterError
 from sb3_pgplus.hparams import PPOHparams
 from sb3_pgplus.metrics import Metrics
 from sb3_pgplus.on_policy import PolicyGradientPlus
@@ -171,6 +172,11 @@ class PPOPlus(PolicyGradientPlus[PPOHparams]):
             loss = loss + hp.vf_coef * critic_loss
             diagnostics |= critic_diagnostics
         if hp.kl_coef is not None:
+            if not hasattr(batch, "old_distribution"):
+                raise HyperparameterError(
+                    f"`kl_coef` needs minibatches with `old_distribution`, which {type(batch).__name__} lacks: let "
+                    "_get_samples return what super()._get_samples() does, changed by _replace()"
+                )
             kl = kl_old_new(batch.old_distribution, self.policy.get_distribution(batch.observations))
             loss = loss + losses.kl_penalty(kl, kl_coef=hp.kl_coef)
             diagnostics["train/kl"] = kl.mean()

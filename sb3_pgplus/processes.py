@@ -87,16 +87,15 @@ def process_context(preload: Sequence[str] = ()) -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # torch's optimisers import dynamo when they are first made: four seconds in each process.
-    context.set_forkserver_preload([*preload, "torch._dynamo"])
+    context.set_forkserver_preload(["sb3_pgplus.process_server", *preload, "torch._dynamo"])
     _start_server()
     return context
 
 
 def _start_server() -> None:
     """
-    Start what processes are forked from, if it is not running yet, where Ctrl-C never comes: it reaches all processes
-    at once, the parent decides what happens, and until a new one gets to its own code it must not end it with a
-    traceback. What a process blocks is blocked in those that it starts.
+    Start what processes are forked from, if it is not running yet. Ctrl-C does not come there before it is ignored (see
+    :mod:`sb3_pgplus.process_server`): what a process blocks is blocked in those that it starts.
     """
     resource_tracker.ensure_running()  # first: it unblocks what it has blocked for itself
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

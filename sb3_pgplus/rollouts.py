@@ -250,7 +250,8 @@ class RolloutProcessing(_Base):
         """Ψ and the critic's targets from what is in the buffer."""
         buffer.reward_scale = self._reward_scale(hp)
         if has_own_advantages(buffer):
-            self._compute_in(buffer)
+            with buffer.in_sb3_terms():
+                self._compute_in(buffer)
             return
         stored = buffer.arrays
         rewards = scaled_rewards(stored["rewards"], *buffer.reward_scale)

@@ -16,7 +16,7 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from torch import nn
 
 from sb3_pgplus import presets
-from sb3_pgplus.buffers import RolloutSamples, map_observations
+from sb3_pgplus.buffers import RolloutSamples, map_observations, stored_field
 from sb3_pgplus.core import losses
 from sb3_pgplus.core.advantages import normalize
 from sb3_pgplus.core.natural_gradient import (
@@ -290,7 +290,7 @@ class TRPOPlus(PolicyGradientPlus[TRPOHparams]):
     def _merge_observations(self, buffer: RolloutBuffer) -> None:
         """With the observations come the statistics that layers keep (batch norm), from one pass over the rollout."""
         if self._layer_statistics_due and layer_statistics(self.policy):
-            actions = th.as_tensor(buffer.actions, device=self.device).reshape(-1, buffer.action_dim)
+            actions = th.as_tensor(stored_field(buffer, "actions"), device=self.device).reshape(-1, buffer.action_dim)
             set_training_mode(self.policy, True)
             with th.no_grad(), without_distribution_checks():
                 self.policy.evaluate_actions(self._flat_observations(buffer), self._policy_actions(actions))

@@ -672,7 +672,10 @@ from sb3_pgplus.processes import process_context
 
 def tell(connection):
     os.kill(os.getpid(), signal.SIGINT)
-    connection.send("alive")
+    heard = []
+    signal.signal(signal.SIGINT, lambda *_: heard.append("heard"))  # who wants to hear of it can
+    os.kill(os.getpid(), signal.SIGINT)
+    connection.send(("alive", *heard))
 
 if __name__ == "__main__":
     context = process_context()
@@ -680,7 +683,7 @@ if __name__ == "__main__":
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=tell, args=(theirs,))
     process.start()
-    print(ours.recv())
+    print(*ours.recv())
     process.join()
     try:
         os.kill(os.getpid(), signal.SIGINT)
@@ -693,7 +696,7 @@ def test_ctrl_c_does_not_reach_a_process_before_it_gets_to_its_own_code(tmp_path
     script = tmp_path / "ask.py"
     script.write_text(_ASK_A_NEW_PROCESS)
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["alive", "stopped"]  # it does not come there, and as ever in the parent
+    assert run.stdout.split() == ["alive", "heard", "stopped"]  # it does not come there, and as ever in the parent
     assert run.stderr == ""
 
 

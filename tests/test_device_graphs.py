@@ -97,6 +97,8 @@ def assert_same(recorded: Any, eager: Any, tolerance: float = 1e-5) -> None:
         (A2CPlus, {"n_steps": 16}),
         (A2CPlus, {"n_steps": 16, "use_rms_prop": False}),
         (TRPOPlus, {"n_steps": 64, "batch_size": 32, "n_critic_updates": 3}),
+        # States with gaps between them.
+        (TRPOPlus, {"n_steps": 64, "fisher_sub_sampling_factor": 2, "normalize_observations": False}),
     ],
 )
 def test_recorded_updates_equal_eager_ones(recordings: Recordings, algorithm: Any, settings: dict[str, Any]) -> None:
@@ -432,6 +434,14 @@ def test_a_recorded_call_reads_fixed_tensors_where_they_are_and_gives_new_ones(t
     assert second.tolist() == [20.0]  # 4 · 5
     assert call.is_of([weight])
     assert not call.is_of([weight.clone()])
+
+
+def test_what_is_recorded_lies_in_memory_as_its_examples_do(tensors: Any) -> None:
+    strides = []
+    spread = tensors(*range(8)).view(4, 2)[::2]
+    call = RecordedCall(lambda x: strides.append(x[0].stride()) or [x[0] * 2], [spread], n_fixed=0)
+    assert set(strides) == {spread.stride()} == {(4, 1)}
+    assert call([spread + 1])[0].tolist() == [[2, 4], [10, 12]]
 
 
 def test_a_recorded_loop_goes_through_minibatches_and_leaves_no_trace_of_its_recording(tensors: Any) -> None:

@@ -33,7 +33,17 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "files", "guards", "metrics", "hparams", "schedules", "presets"})
     | frozenset({"buffers", "critics", "optimizers", "policies", "engine", "compiled_update", "compiler", "sampling"})
     | frozenset({"callback_tree", "checkpoints", "tracing", "vec_env", "statistics", "processes", "threads"})
-    | frozenset({"serialization", "model_file", "sb3_files", "interruptions", "device_graphs", "recorded_update"}),
+    | frozenset(
+        {
+            "serialization",
+            "model_file",
+            "sb3_files",
+            "interruptions",
+            "device_graphs",
+            "recorded_update",
+            "process_server",
+        }
+    ),
     frozenset({"building", "construction", "persistence", "rollouts", "updates"})  # parts of on_policy
     | frozenset({"resuming", "training_state"}),
     frozenset({"on_policy"}),

@@ -290,7 +290,7 @@ def test_loading_what_is_no_model_is_an_error(bad, tmp_path):
 def test_a_missing_file_is_called_as_the_user_calls_it(name, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         PPOPlus.load(tmp_path / name, device="cpu")
-    assert str(caught.value) == f"there is no model file {tmp_path / name}"
+    assert (caught.value.filename, caught.value.strerror) == (str(tmp_path / name), "there is no model file")
 
 
 # --- changes while loading ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ What SB3 promises to callbacks, buffers and scripts, and ours keep.
 The oracle is SB3's PPO where it has an answer.
 """
 
+import functools
 import os
 import stat
 from collections.abc import Callable
@@ -20,10 +21,12 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.vec_env import VecFrameStack
 
 from sb3_pgplus import PPOPlus, TorchRolloutBuffer, TRPOPlus, presets
 from sb3_pgplus.files import write_atomically
+from sb3_pgplus.policies import normalizable_keys
 
 SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
 EXACT: dict[str, Any] = {**presets.SB3_PPO, **SMALL}
@@ -181,6 +184,63 @@ def test_advantages_of_a_buffers_own_are_used_in_every_epoch() -> None:
     assert len(advantages) == 2 * 2 * 32 and set(advantages) == {7.0}
 
 
+class SB3sOwn(TorchRolloutBuffer):
+    """SB3's arithmetic, which expects the values of steps that a time limit cut in the rewards."""
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:  # type: ignore[type-arg]
+        last = last_values.clone().cpu().numpy().flatten()
+        advantage, advantages, rewards, values = 0.0, np.zeros_like(self.rewards), self.rewards, self.values
+        for step in reversed(range(self.buffer_size)):
+            is_last = step == self.buffer_size - 1
+            going_on = 1.0 - (dones.astype(np.float32) if is_last else self.episode_starts[step + 1])
+            delta = rewards[step] + self.gamma * (last if is_last else values[step + 1]) * going_on - values[step]
+            advantage = delta + self.gamma * self.gae_lambda * going_on * advantage
+            advantages[step] = advantage
+        self.advantages = advantages
+        self.returns = advantages + values
+
+
+class Calls(TorchRolloutBuffer):
+    def compute_returns_and_advantage(self, *args: Any, **kwargs: Any) -> None:
+        super().compute_returns_and_advantage(*args, **kwargs)
+
+
+@pytest.mark.parametrize("buffer_class", [SB3sOwn, Calls])
+def test_sb3s_arithmetic_in_a_buffer_of_ours_gives_sb3s_bits(buffer_class: Any) -> None:
+    ours = PPOPlus("MlpPolicy", Cut(), rollout_buffer_class=buffer_class, **EXACT).learn(64)
+    assert equal(ours, PPO("MlpPolicy", Cut(), **SMALL).learn(64))
+    assert set(ours.rollout_buffer.rewards.flatten()) == {1.0}  # raw again
+
+
+@pytest.mark.parametrize("buffer_class", [SB3sOwn, Calls])
+def test_a_buffers_own_arithmetic_gets_scaled_rewards(buffer_class: Any) -> None:
+    models = [
+        PPOPlus("MlpPolicy", Cut(), rollout_buffer_class=kind, **SMALL, recompute_advantages=False).learn(64)
+        for kind in (buffer_class, TorchRolloutBuffer)
+    ]
+    for own, stock in zip(*map(parameters_of, models), strict=True):
+        assert th.allclose(own, stock, atol=1e-5)
+
+
+def test_a_method_put_into_a_buffer_hands_out_its_minibatches() -> None:
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", **SMALL, compile=False)
+    buffer, sizes = model.rollout_buffer, []
+    stock = buffer._get_samples
+    buffer._get_samples = lambda indices, env=None: sizes.append(len(indices)) or stock(indices, env)
+    model.learn(32)
+    assert sizes == [16, 16] * 2
+
+
+def test_minibatches_without_the_old_distribution_are_named_where_it_is_needed() -> None:
+    class Plain(TorchRolloutBuffer):
+        def _get_samples(self, batch_inds: Any, env: Any = None) -> Any:
+            return RolloutBufferSamples(*super()._get_samples(batch_inds, env)[:6])
+
+    PPOPlus("MlpPolicy", "Pendulum-v1", rollout_buffer_class=Plain, **SMALL).learn(32)
+    with pytest.raises(ValueError, match="`kl_coef` needs minibatches with `old_distribution`"):
+        PPOPlus("MlpPolicy", "Pendulum-v1", rollout_buffer_class=Plain, kl_coef=1.0, **SMALL).learn(32)
+
+
 def test_asked_to_recompute_them_the_buffer_does() -> None:
     model = PPOPlus(
         "MlpPolicy", "Pendulum-v1", rollout_buffer_class=OwnAdvantages, **SMALL, recompute_advantages=True
@@ -225,6 +285,10 @@ def test_discounts_assigned_to_the_buffer_count_as_in_sb3(buffer_class: Any) -> 
     ours.gae_lambda = 0.7
     ours.learn(32)
     assert ours.rollout_buffer.gae_lambda == 0.7
+    new = buffer_class(32, ours.observation_space, ours.action_space, "cpu", gamma=0.1)
+    ours.rollout_buffer = new
+    ours.learn(32)
+    assert (ours.gamma, new.gamma, new.gae_lambda) == (0.5, 0.5, 0.7)
 
 
 def test_a_wrong_discount_in_the_buffer_is_named() -> None:
@@ -246,6 +310,14 @@ def test_a_function_as_schedule_is_asked_at_every_update() -> None:
         assert model.logger.name_to_value["train/clip_range"] == clip
 
 
+def test_a_function_as_schedule_is_asked_once_an_update() -> None:
+    calls: list[float] = []
+    model = PPOPlus("MlpPolicy", "Pendulum-v1", clip_range=lambda p: calls.append(p) or 0.2, **SMALL)  # type: ignore
+    before = len(calls)
+    model.learn(5 * 32)
+    assert len(calls) - before <= 5 + 1  # and once to begin with
+
+
 def test_statistics_of_rewards_forget_an_episode_that_a_reset_cut_off() -> None:
     # VecFrameStack returns the array that it returned before.
     stds = []
@@ -265,6 +337,14 @@ class OwnParameters(ActorCriticPolicy):
     def _build(self, lr_schedule: Any) -> None:
         super()._build(lr_schedule)
         self.optimizer.add_param_group({"params": [th.nn.Parameter(th.zeros(3))]})
+
+
+def test_a_function_that_makes_an_optimiser_makes_that_of_two_rates() -> None:
+    made = functools.partial(th.optim.Adam, betas=(0.8, 0.9))
+    model = PPOPlus(
+        "MlpPolicy", "Pendulum-v1", critic_learning_rate=1e-3, policy_kwargs={"optimizer_class": made}, **SMALL
+    )
+    assert [group["betas"] for group in model.policy.optimizer.param_groups] == [(0.8, 0.9)] * 2
 
 
 @pytest.mark.parametrize("policy", [OwnOptimizer, OwnParameters])
@@ -324,6 +404,8 @@ def test_a_box_of_three_dimensions_is_normalised_where_that_is_asked_for() -> No
     model = PPOPlus("MlpPolicy", Volume(), **SMALL, normalize_observations=True).learn(32)
     assert model.policy.observation_normalizer.moments[0].mean.shape == (2, 3, 4)
     assert not hasattr(PPOPlus("MlpPolicy", Volume(), **SMALL).policy, "observation_normalizer")
+    in_a_dict = spaces.Dict({"volume": Volume.observation_space, "vector": Cut.observation_space})
+    assert normalizable_keys(in_a_dict, floats_only=False) == ["vector"]  # as in files there are
 
 
 @pytest.mark.parametrize("mode", [th.no_grad, th.inference_mode])

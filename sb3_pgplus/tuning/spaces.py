@@ -200,8 +200,8 @@ def known_params(space: Space, settings: RunSettings) -> dict[str, Any]:
     flat["n_minibatches"] = max(flat["rollout_size"] // flat.get("batch_size", flat["rollout_size"]), 1)
     of_policy = flat.get("policy_kwargs") or {}
     for name, default in _POLICY_DEFAULTS.items():
-        if flat.get(name, default) is None:
-            flat[name] = of_policy.get(name, default)
+        if name not in settings.hyperparameters or flat[name] is None:
+            flat[name] = of_policy.get(name, default if flat.get(name) is None else flat[name])
     flat["policy_kwargs"] = {"net_arch": [64, 64]} | of_policy
     params: dict[str, Any] = {}
     for name, row in space.items():
