@@ -5,6 +5,7 @@ import os
 import pathlib
 import stat
 import tempfile
+from collections.abc import Iterator
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -18,24 +19,31 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     target = pathlib.Path(os.path.realpath(path))  # through a link, the file it names
     target.parent.mkdir(parents=True, exist_ok=True)
     # A name may have 255 bytes: the temporary one is not to be what makes it too long.
-    try:
+    with _named(path):
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:50]}.", suffix=".tmp")
-    except OSError as error:  # which names the temporary file
-        raise type(error)(error.errno, error.strerror, str(path)) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, _mode_of(target))
-        try:
+        with _named(path):
             os.replace(temporary, target)
-        except OSError as error:
-            raise type(error)(error.errno, error.strerror, str(path)) from error
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
         raise
     _flush_folder(target.parent)
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let the system's errors name what the user wants to write, not the temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
 def _mode_of(target: pathlib.Path) -> int:

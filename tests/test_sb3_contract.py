@@ -444,7 +444,9 @@ def test_a_name_as_long_as_names_may_be_is_written(tmp_path: Any) -> None:
     assert path.read_bytes() == b"long" and [*tmp_path.iterdir()] == [path]
 
 
-def test_what_cannot_be_written_is_called_as_the_user_calls_it():
+@pytest.mark.parametrize("where", ["in no folder", "onto a folder"])
+def test_what_cannot_be_written_is_called_as_the_user_calls_it(where: str, tmp_path: Any) -> None:
+    path = "/proc/model.zip" if where == "in no folder" else str(tmp_path)
     with pytest.raises(OSError) as caught:
-        write_atomically("/proc/model.zip", b"")
-    assert caught.value.filename == "/proc/model.zip"
+        write_atomically(path, b"")
+    assert (caught.value.filename, caught.value.filename2) == (path, None)
